@@ -1,8 +1,10 @@
 import dataclasses
+import math
 
 import pytest
 
-from qat_lightning.compare import Run, compare
+from qat_lightning.compare import Limits, Run, compare, decide
+from qat_lightning.compare.table import cells
 from qat_lightning.errors import ConfigurationError
 from tests.compare.making import configuration, plain, qat
 
@@ -103,3 +105,52 @@ def test_a_smaller_loss_is_better_when_it_is_the_metric():
 def test_numbers_are_named_in_labels():
     runs = [Run(str(bits), str(bits), config={"weight_bits": bits}, metrics={"int8/acc": 0.9}) for bits in (4, 8)]
     assert set(by_label(runs)) == {"weight_bits=4", "weight_bits=8"}
+
+
+def test_settings_that_look_alike_in_short_are_different_configurations():
+    files = {"a.csv": 0.9, "b.csv": 0.5}
+    runs = [Run(file, file, config={"data": {"file": file}}, metrics={"int8/acc": acc}) for file, acc in files.items()]
+    assert {label: found.score.mean for label, found in by_label(runs).items()} == {
+        "file=a.csv": 0.9,
+        "file=b.csv": 0.5,
+    }
+
+
+def diverged(run, value=None):
+    """The same run with a loss of int8 and fake-quant that is not a number: readers leave it out, programs may not."""
+    metrics = {k: v for k, v in run.metrics.items() if not k.startswith(("int8/", "fake_quant/"))}
+    missing = {} if value is None else dict.fromkeys(("int8/test/acc", "fake_quant/test/acc"), value)
+    return dataclasses.replace(run, metrics=metrics | missing)
+
+
+@pytest.mark.parametrize("value", [None, math.nan])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_seed_that_diverged_is_left_out_with_the_reason_wherever_it_is_listed(place, value):
+    runs = [qat("fx", seed, 0.97) for seed in range(3)]
+    runs[place] = diverged(runs[place], value)
+    found = compare(runs)
+    (fx,) = found.configurations
+    assert (fx.variant, fx.score.seeds, fx.drop.seeds) == ("int8", 2, 2)
+    (left,) = found.left_out
+    assert left.folder == f"out/fx-{place}"
+    assert "its test/acc of int8" in left.reason
+    assert "not a finite number" in left.reason
+
+
+def test_a_quantized_run_of_which_only_float_has_a_score_is_no_float_run():
+    failed = diverged(qat("pt2e", metrics=qat("pt2e").metrics | {"float/test/acc": 1.0}))
+    comparison = compare([failed, qat("fx", acc=0.97)])
+    found = {c.label: c for c in comparison.configurations}
+    assert found["fx"].baseline == "float of the same run"
+    assert not found["pt2e"].is_float
+    assert compare([failed]).configurations[0].label == "method=qat mode=pt2e seed=0"
+    assert "Float" not in decide(comparison, Limits(prefer="score")).reason
+
+
+def test_figures_of_fewer_seeds_than_the_score_have_their_own_number():
+    comparison = compare([plain(0, 0.98), *(qat("fx", seed, 0.97) for seed in range(3))])
+    header, rows = cells(comparison)
+    (row,) = (row for row in rows if "qat" in row)
+    assert (row[header.index("drop (pp)")], row[header.index("n")]) == ("1.00 (n=1)", "3")
+    assert row[header.index("size (MB)")] == "1.000 ± 0.000"
+    assert "Its drop is that of 1 of 3 seeds." in decide(comparison, Limits(max_drop=2)).reason

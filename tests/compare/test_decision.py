@@ -61,6 +61,20 @@ def test_a_float_run_is_no_candidate_and_where_it_beats_all_that_is_said():
     assert "Float" not in decide(compare(RUNS), Limits(max_drop=0.5)).reason
 
 
+def test_float_that_beats_the_choice_but_not_every_int8_network_is_said_to_do_just_that():
+    float_run = plain(metrics={"float/test/acc": 0.98, "float/latency_ms": 1.5, "float/size_mb": 4.2})
+    decision = decide(compare([float_run, *RUNS[1:]]), Limits(max_drop=0.5))
+    assert decision.winner.label == "qat pt2e"
+    assert "Float beats the choice in latency" in decision.reason, "qat eager is faster than float"
+
+
+def test_a_figure_at_its_limit_keeps_it_whatever_arithmetic_adds_to_it():
+    runs = [plain(acc=0.98), qat("fx", acc=0.975)]
+    assert compare(runs).configurations[1].drop.mean > 0.5
+    assert decide(compare(runs), Limits(max_drop=0.5)).winner is not None
+    assert decide(compare(runs), Limits(max_drop=0.499)).winner is None
+
+
 def busy(runs):
     """The same runs with other work: in the second, everything took five times as long."""
     first, *rest = runs
@@ -135,7 +149,9 @@ def test_the_winner_keeps_every_limit_and_nothing_that_does_is_better(max_drop, 
     def keeps(c):
         drop = c.drop.mean if c.drop else 0.0
         pairs = [(drop, max_drop), (c.latency_ms.mean, max_latency), (c.size_mb.mean, max_size)]
-        return all(bound is None or value <= bound for value, bound in pairs)
+        return all(
+            bound is None or value <= bound or math.isclose(value, bound, rel_tol=1e-6) for value, bound in pairs
+        )
 
     fit = [c for c in comparison.configurations if c.variant == "int8" and keeps(c)]
     if not limits.given or not fit:

@@ -1,13 +1,14 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 
-from qat_lightning.compare import find_runs
+from qat_lightning.compare import find, find_runs
 from qat_lightning.compare.offline import join
-from qat_lightning.compare.run import Curve, Run
+from qat_lightning.compare.run import Curve, Run, Status
 from qat_lightning.errors import RunFileError
 from tests.compare.offline_runs import log_offline
 
@@ -123,3 +124,63 @@ def test_a_path_without_a_run_is_an_error_that_says_what_was_looked_for(tmp_path
         find_runs([tmp_path])
     with pytest.raises(RunFileError, match="does not exist"):
         find_runs([tmp_path / "none"])
+
+
+def wandb_folders(folder: Path, monkeypatch: pytest.MonkeyPatch, parts: dict[str, Run | None]) -> None:
+    """Folders of offline runs, and a reader that returns these parts, or finds none in them."""
+    for name in parts:
+        (folder / name).mkdir(parents=True)
+        (folder / name / f"run-{name}.wandb").touch()
+
+    def read(path: Path) -> Run:
+        found = parts[path.name]
+        if found is None:
+            raise RunFileError(f"{path} holds no run")
+        return replace(found, folder=str(path))
+
+    monkeypatch.setattr(find, "read_offline", read)
+
+
+def part(status: Status, start: float, **metrics: float) -> Run:
+    curves = {"loss": Curve([start, start + 1], [9 - start, 8 - start])}
+    return Run("a", "", status, curves=curves, metrics=metrics, wandb_id="aaaa")
+
+
+@pytest.mark.parametrize("stub", ["offline-run-1-aaaa", "offline-run-3-aaaa"])
+def test_a_trial_that_was_killed_before_it_logged_is_read_from_its_other_parts(
+    stub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial(tmp_path / "0")
+    parts = {stub: None, "offline-run-2-aaaa": part("finished", 0.0, acc=0.9)}
+    wandb_folders(tmp_path / "0" / "wandb", monkeypatch, parts)
+    (run,) = find_runs([tmp_path])
+    assert (run.status, run.metrics) == ("finished", {"acc": 0.9})
+
+
+def test_a_result_is_read_without_any_readable_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial(tmp_path / "0", status="completed", metrics={"int8/test/acc": 0.9})
+    trial(tmp_path / "1")
+    for name in ("0", "1"):
+        wandb_folders(tmp_path / name / "wandb", monkeypatch, {"offline-run-1-aaaa": None})
+    complete, killed = find_runs([tmp_path])
+    assert (complete.status, complete.metrics) == ("finished", {"int8/test/acc": 0.9})
+    assert killed.status == "unreadable"
+    assert "holds no run" in killed.reason
+
+
+@pytest.mark.parametrize("names", [("offline-run-1-aaaa", "offline-run-2-aaaa"), ("run-1-aaaa", "offline-run-2-aaaa")])
+def test_parts_of_a_run_that_was_resumed_outside_of_a_trial_are_joined_in_their_order(
+    names: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = dict(zip(names, (part("unfinished", 0.0, x=1.0), part("finished", 2.0, y=2.0)), strict=True))
+    wandb_folders(tmp_path, monkeypatch, parts)
+    (run,) = find_runs([tmp_path])
+    assert (run.status, run.metrics) == ("finished", {"x": 1.0, "y": 2.0})
+    assert run.curves["loss"].steps == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_logs_that_a_trial_contains_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial(tmp_path / "0", status="completed", metrics={"int8/test/acc": 0.9})
+    wandb_folders(tmp_path / "0" / "wandb", monkeypatch, {"offline-run-1-aaaa": part("finished", 0.0)})
+    (run,) = find_runs([*(tmp_path / "0" / "wandb").iterdir(), tmp_path])
+    assert run.overrides == ("mode=fx", "seed=1")

@@ -51,6 +51,26 @@ def test_only_scores_within_0_and_1_are_shares():
     assert not choose_metric(runs("int8/test/loss")).is_share
 
 
+@pytest.mark.parametrize(
+    ("name", "larger"),
+    [
+        *(
+            (name, False)
+            for name in ("test/MeanSquaredError", "test_WordErrorRate", "test/BCELoss", "testLoss", "mape")
+        ),
+        *((name, True) for name in ("test/MulticlassAccuracy", "test/F1Score", "test/mAP", "val-AUROC", "test/top5")),
+    ],
+)
+def test_the_direction_is_read_from_a_name_in_any_spelling(name: str, larger: bool) -> None:
+    assert choose_metric(runs(f"int8/{name}"), name).larger_is_better is larger
+
+
+def test_a_direction_that_no_name_says_is_asked_for() -> None:
+    with pytest.raises(ConfigurationError, match="--goal max or --goal min"):
+        choose_metric(runs("int8/test/wibble"))
+    assert choose_metric(runs("int8/test/wibble"), larger_is_better=True).larger_is_better
+
+
 def test_what_is_said_wins():
     metric = choose_metric(runs("int8/test/acc", "int8/test/loss"), "test/loss", larger_is_better=True)
     assert (metric.name, metric.larger_is_better) == ("test/loss", True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from qat_lightning.compare import Limits, Run, compare, decide
@@ -52,3 +54,22 @@ def test_each_sign_is_said(metrics: dict[str, float], speedup: Spread | None, sa
     found = why_noisy([run], None, speedup, fastest_floats([quiet, run]))
     assert found.startswith(says)
     assert bool(found) == bool(says)
+
+
+def timed(name: str, latency: float, **config: Any) -> Run:
+    return Run(name, name, config=config, metrics={"float/latency_ms": latency, "float/size_mb": 4.0})
+
+
+def test_networks_of_equal_size_with_other_inputs_or_strides_are_not_the_same_network() -> None:
+    runs = [timed("a", 1.0, data={"image_size": 32}), timed("b", 4.0, data={"image_size": 64})]
+    runs += [timed("c", 8.0, data={"image_size": 64}, model={"stride": 1})]
+    assert [why_noisy([run], None, None, fastest_floats(runs)) for run in runs] == ["", "", ""]
+
+
+def test_networks_that_differ_in_their_training_only_are_the_same_network() -> None:
+    quiet = timed("a", 2.0, model={"width": 8, "optimizer": {"lr": 0.1}}, trainer={"max_epochs": 3})
+    config = {"_target_": "qat_lightning.QuantizationAwareTraining", "mode": "fx"}
+    busy = timed("b", 8.0, model={"width": 8, "optimizer": {"lr": 0.2}}, trainer={}, quantization=config, note="x")
+    assert why_noisy([busy], None, None, fastest_floats([quiet, busy])) == "", "the note may be about the network"
+    ignore = ["note"]
+    assert "4.0 times" in why_noisy([busy], None, None, fastest_floats([quiet, busy], ignore), ignore)

@@ -19,6 +19,9 @@ class Api:
         rows = [{"val/acc": 0.5, "trainer/global_step": 0}, {"val/acc": 0.75, "trainer/global_step": 9}]
         run = {"name": "a", "url": "https://example.invalid/a", "id": "a1", "state": "finished", "config": {"seed": 1}}
         run |= {"summary": {"int8/test/acc": 0.9, "_runtime": 12, "val/acc": {"max": 0.75}}}
+        table = {"quant/layers": {"_type": "table-file", "nrows": 38, "path": "media/table/layers.json"}}
+        run["summary"] |= table
+        rows = [row | table for row in rows]
         made = SimpleNamespace(**run, history=lambda samples, pandas: rows)
         return [made, SimpleNamespace(**run | {"id": "a2", "state": "crashed"}, history=lambda samples, pandas: [])]
 
@@ -27,7 +30,7 @@ def test_runs_of_a_group_are_read() -> None:
     api = Api()
     found, crashed = find_online("me/project/group", api)
     assert api.asked[:2] == ("me/project", {"group": "group"})
-    assert found.curves["val/acc"] == Curve([0.0, 9.0], [0.5, 0.75])
+    assert found.curves == {"val/acc": Curve([0.0, 9.0], [0.5, 0.75])}, "the number of rows of a table is no metric"
     assert found.metrics == {"int8/test/acc": 0.9, "val/acc.max": 0.75}
     assert (found.seconds, found.status, crashed.status, crashed.reason) == (
         12.0,

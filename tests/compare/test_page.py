@@ -16,6 +16,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from qat_lightning.compare import Curve, Limits, Run, compare, decide, page
 from qat_lightning.compare.ladder import Ladder, LadderRow
+from qat_lightning.compare.page import page_data
 from tests.compare.making import plain, qat
 
 EVIL = "</script><script>window.broken=1</script><img src=https://example.org/x onerror=window.broken=1>"
@@ -251,6 +252,24 @@ def test_curves_follow_what_is_ticked_and_show_the_schedule(opened: Any) -> None
     assert len(browser.find_elements(By.CSS_SELECTOR, "#curves .event")) == 2
     choose(browser, "#curve-choices select", "train/loss")
     assert "train/loss" in browser.find_element(By.ID, "curves").text
+
+
+def test_a_drop_of_fewer_seeds_than_the_score_says_of_how_many(opened: Any) -> None:
+    browser = opened([plain(0, acc=0.98), *(qat("fx", seed, acc=0.97) for seed in range(3))])
+    assert "(n=1)" in browser.find_element(By.ID, "table").text
+    assert "(n=1)" in browser.find_element(By.CSS_SELECTOR, "#verdict .figures").text
+
+
+def test_a_quantized_run_of_which_only_float_has_a_score_keeps_no_limit_of_the_drop(opened: Any) -> None:
+    metrics = {k: v for k, v in qat("pt2e").metrics.items() if k.startswith("float/")}
+    assert names(opened([plain(), qat("fx"), qat("pt2e", metrics=metrics)])) == ["float", "qat fx"]
+
+
+def test_a_schedule_point_at_the_first_step_is_drawn() -> None:
+    comparison = compare([trained(qat("fx"), start=0)])
+    data = page_data(comparison, decide(comparison, LIMITS), LIMITS, "title")
+    (run,) = data["configurations"][0]["runs"]
+    assert run["events"][0] == {"name": "rounding on", "step": 0.0}
 
 
 def test_layers_are_side_by_side(opened: Any) -> None:

@@ -51,3 +51,8 @@ def test_a_difference_within_the_tolerance_beats_nobody():
 def test_there_is_a_front_with_any_tolerance(points, tolerance):
     width = len(next(point for point in points if point))
     assert any(pareto_front(points, [tolerance] * width))
+
+
+def test_a_difference_of_exactly_the_tolerance_does_not_count():
+    assert 0.9805 - 0.98 > 0.0005, "by the error of arithmetic"
+    assert pareto_front([(0.98, 1.0), (0.9805, 1.0)], (0.0005, 0.0)) == [True, True]

@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import Tensor, randn
 
 from qat_lightning.artifact import save_quantized
 from qat_lightning.compare import Run, compare
-from qat_lightning.compare.remeasure import float_network, remeasure
+from qat_lightning.compare.remeasure import _inputs, float_network, remeasure
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.graph.example import Example
 from tests.artifact.making import quantize
 from tests.compare.making import plain, qat
 from tests.support.networks import Plain
@@ -23,11 +25,24 @@ def _not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "0")
 
 
-def saved(folder: Path, mode: str) -> Run:
-    path = folder / f"{mode}.int8"
-    save_quantized(quantize(mode, "x86", Plain()), path)
+class Repeated(Plain):
+    """A network that does something several times, which its `repr` does not show."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.times):
+            x = x.sin()
+        return super().forward(x)
+
+
+def saved(folder: Path, mode: str, side: int = 8, **config: object) -> Run:
+    path = folder / f"{mode}-{side}.int8"
+    save_quantized(quantize(mode, "x86", Plain(), lambda count: ((randn(count, 3, side, side),), {})), path)
     run = qat(mode, latency=500.0)
-    return replace(run, config=run.config | MODEL, model_file=str(path))
+    return replace(run, config=run.config | MODEL | config, model_file=str(path))
 
 
 def test_every_int8_file_and_float_get_new_latencies(tmp_path: Path) -> None:
@@ -63,3 +78,25 @@ def test_a_file_that_cannot_be_loaded_is_said_and_none_at_all_is_an_error(tmp_pa
     with pytest.raises(ConfigurationError, match="found no int8 file"):
         remeasure([replace(qat("fx"), model_file=str(tmp_path / "bad.int8"))], said.append)
     assert any("not an int8 network" in text for text in said)
+
+
+def test_a_float_run_has_the_latency_of_the_network_with_its_own_input_size(tmp_path: Path) -> None:
+    sizes = [{"data": {"image_size": side}} for side in (8, 64)]
+    small, large = (saved(tmp_path, "fx", **size, side=size["data"]["image_size"]) for size in sizes)
+    floats = [replace(plain(), config=plain().config | MODEL | size) for size in sizes]
+    *int8, small_float, large_float = remeasure([small, large, *floats], print, rounds=3)
+    found = [run.metrics["float/latency_ms"] for run in (small_float, large_float)]
+    assert found == [run.metrics["float/latency_ms"] for run in int8]
+    assert found[0] < found[1]
+
+
+def test_networks_with_other_settings_are_timed_apart_although_they_look_alike(tmp_path: Path) -> None:
+    target = "tests.compare.test_remeasure.Repeated"
+    models = [{"model": {"module": {"_target_": target, "times": times}}} for times in (1, 500)]
+    once, often = remeasure([saved(tmp_path, "fx", **model) for model in models], print, rounds=3)
+    assert 2 * once.metrics["float/latency_ms"] < often.metrics["float/latency_ms"]
+
+
+def test_inputs_without_a_batch_of_other_lengths_are_not_the_same_inputs() -> None:
+    assert _inputs(Example((randn(4, 3),))) == _inputs(Example((randn(8, 3),))), "samples of the same shape"
+    assert _inputs(Example((randn(4, 3), randn(5)))) != _inputs(Example((randn(4, 3), randn(6))))

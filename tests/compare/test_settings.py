@@ -62,10 +62,25 @@ def test_the_runs_own_seed_is_before_that_of_a_part():
     assert seed_of(Run("a", "a", config={"net": {"lr": 1}})) == ""
 
 
+def test_values_whose_short_forms_are_alike_are_shown_in_full():
+    def column(*values):
+        return labelled([Run(value, value, config={"setting": value}) for value in values])["setting"]
+
+    assert column("timm.models.resnet50", "timm.models.vit") == ("resnet50", "vit")
+    both = ("timm.models.resnet50", "torchvision.models.resnet50")
+    assert column(*both, both[0]) == (*both, both[0])
+    assert column("a.csv", "b.csv") == ("a.csv", "b.csv")
+
+
+def test_the_name_and_the_class_of_a_section_have_different_labels():
+    configs = [{"net": {"name": name, "_target_": f"my.{kind}"}} for name in "ab" for kind in ("Small", "Large")]
+    runs = [Run(str(i), str(i), config=config) for i, config in enumerate(configs)]
+    assert labelled(runs) == {"net.name": ("a", "a", "b", "b"), "net._target_": ("Small", "Large", "Small", "Large")}
+
+
 # lowercase names, so that none is one that stands for a place
-configs = st.dictionaries(
-    st.sampled_from("abc"), st.integers(0, 2) | st.dictionaries(st.sampled_from("xyz"), st.integers(0, 1))
-)
+values = st.integers(0, 2) | st.sampled_from(["a.x", "b.x", "b.y", "x"])
+configs = st.dictionaries(st.sampled_from("abc"), values | st.dictionaries(st.sampled_from("xyz"), st.integers(0, 1)))
 
 
 @given(st.lists(configs, min_size=1, max_size=6))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,6 +17,11 @@ from qat_lightning.errors import ConfigurationError
 from qat_lightning.json_files import read_json, write_json
 
 _FILE = "curve.json"
+
+
+def why_pruned(callbacks: Iterable[Callback]) -> str:
+    """Why one of the callbacks ended a fit early, as `MedianPruning` does; empty if none did."""
+    return next((reason for callback in callbacks if (reason := getattr(callback, "pruned", ""))), "")
 
 
 class MedianPruning(Callback):

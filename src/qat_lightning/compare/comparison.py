@@ -11,18 +11,12 @@ from qat_lightning.compare.bare import with_bare_tests
 from qat_lightning.compare.metric import Metric, choose_metric
 from qat_lightning.compare.noise import fastest_floats, why_noisy
 from qat_lightning.compare.pareto import pareto_front
-from qat_lightning.compare.run import Run
-from qat_lightning.compare.settings import ABSENT, Setting, differing, flatten, seed_of, settings_of
+from qat_lightning.compare.quantizing import quantizes
+from qat_lightning.compare.run import Run, numbers
+from qat_lightning.compare.settings import ABSENT, Setting, differing, flatten, seed_of, training_of
 from qat_lightning.compare.spread import Spread, spread
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.settings.variants import VARIANTS
-
-# Settings that a float run also has, but that do not affect its training
-_OF_QUANTIZATION = tuple(
-    glob
-    for group in ("method", "mode", "backend", "quantization", "export", "baseline")
-    for glob in (group, f"{group}.*")
-)
 
 
 @dataclass(frozen=True)
@@ -32,10 +26,11 @@ class Configuration:
     Args:
         label: What distinguishes it from the others.
         values: The settings that differ, by label.
-        runs: The runs, in the order in which they were given.
-        variant: The compared variant: ``int8`` if there is one, else ``fake_quant``, else ``float``.
+        runs: The runs that have the metric of the variant, in the order in which they were given.
+        variant: The compared variant: ``int8`` if a run has it, else ``fake_quant``, else ``float``.
         score: The metric.
-        drop: Difference to float, paired by seed, in the displayed unit. Negative if it is better than float.
+        drop: Difference to float, paired by seed, in the displayed unit. Negative if it is better than float. Its
+            seeds are those with a baseline.
         latency_ms: Latency of one sample on the CPU.
         size_mb: Size of the file.
         speedup: Speed relative to float on the same machine, in the same run.
@@ -59,6 +54,11 @@ class Configuration:
     noise: str = ""
     on_front: bool = False
 
+    @property
+    def is_float(self) -> bool:
+        """Whether it was to stay float, unlike a run with a quantizing callback of which only float has a score."""
+        return self.variant == "float" and not any(quantizes(flatten(run.config)) for run in self.runs)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -68,7 +68,8 @@ class Comparison:
         metric: The metric.
         settings: The settings in which configurations differ.
         configurations: Best score first.
-        left_out: Runs that were not compared: failed, skipped, unfinished, unreadable, or without the metric.
+        left_out: Runs that were not compared: failed, skipped, unfinished, unreadable, or without the metric
+            of their configuration's variant.
     """
 
     metric: Metric
@@ -93,8 +94,8 @@ def compare(
     """Compare runs: by configuration, over seeds, with float, and with each other.
 
     A run is compared with the float run that has the same data, network, training settings and seed, if there is one.
-    Otherwise it is compared with its own ``float`` variant: from ``float_checkpoint=``, or the network at the step at
-    which fake-quantization was enabled.
+    If no run of its configuration has one, all are compared with their own ``float`` variant: from
+    ``float_checkpoint=``, or the network at the step at which fake-quantization was enabled.
 
     Args:
         runs: The runs, from `qat_lightning.compare.find_runs`.
@@ -117,17 +118,19 @@ def compare(
         [('fx', 1.0), ('pt2e', 0.5)]
     """
     _check_any_finished(runs)
-    runs = [with_bare_tests(run) for run in runs]
+    runs = [with_bare_tests(replace(run, metrics=numbers(run.metrics))) for run in runs]
     chosen = choose_metric(runs, metric, larger_is_better)
-    whole = [run for run in runs if run.status == "finished" and _variant(run, chosen)]
-    settings = differing(whole, ignore)
-    floats = _float_scores(whole, chosen, ignore)
-    fastest = fastest_floats(whole)
+    tested = [run for run in runs if run.status == "finished" and _variant(run, chosen)]
+    settings = differing(tested, ignore)
+    floats = _float_scores(tested, chosen, ignore)
+    fastest = fastest_floats(tested, ignore)
     folded: dict[tuple[str, ...], list[Run]] = {}
-    for row, run in enumerate(whole):
+    for row, run in enumerate(tested):
         folded.setdefault(tuple(setting.values[row] for setting in settings), []).append(run)
-    found = [_configuration(tuple(same), settings, values, chosen, floats, ignore) for values, same in folded.items()]
-    found = [replace(c, noise=why_noisy(c.runs, c.latency_ms, c.speedup, fastest)) for c in found]
+    found = [_configuration(same, settings, values, chosen, floats, ignore) for values, same in folded.items()]
+    found = [replace(c, noise=why_noisy(c.runs, c.latency_ms, c.speedup, fastest, ignore)) for c in found]
+    variants = {id(run): c.variant for c, same in zip(found, folded.values(), strict=True) for run in same}
+    compared = {id(run) for c in found for run in c.runs}
     sign = -1 if chosen.larger_is_better else 1
     found.sort(key=lambda configuration: sign * configuration.score.mean)
     front = _front(found, chosen)
@@ -135,7 +138,7 @@ def compare(
         chosen,
         tuple(settings),
         tuple(replace(c, on_front=on, label=label) for c, on, label in zip(found, front, _labels(found), strict=True)),
-        tuple(_why_left_out(run, chosen) for run in runs if run not in whole),
+        tuple(_why_left_out(run, chosen, variants.get(id(run))) for run in runs if id(run) not in compared),
     )
 
 
@@ -147,12 +150,18 @@ def _check_any_finished(runs: Sequence[Run]) -> None:
 
 
 def _variant(run: Run, metric: Metric) -> str | None:
-    """Return the variant to compare: the one that would be deployed."""
+    """Return the variant of a run to compare: the one that would be deployed."""
     return next((variant for variant in reversed(VARIANTS) if f"{variant}/{metric.name}" in run.metrics), None)
 
 
-def _why_left_out(run: Run, metric: Metric) -> Run:
-    return run if run.status != "finished" else replace(run, reason=f"it has no {metric.name} of a variant")
+def _why_left_out(run: Run, metric: Metric, variant: str | None) -> Run:
+    """Return a run with the reason why it is not compared, given the variant of its configuration if it has one."""
+    if run.status != "finished":
+        return run
+    if variant is None:
+        return replace(run, reason=f"it has no {metric.name} of a variant")
+    others = "which other runs with its settings have"
+    return replace(run, reason=f"its {metric.name} of {variant}, {others}, is missing or not a finite number")
 
 
 LATENCY, SIZE = 0.02, 0.01
@@ -182,15 +191,16 @@ def _goals(configuration: Configuration, metric: Metric, noisy: bool) -> tuple[f
 
 
 def _configuration(
-    runs: tuple[Run, ...],
+    same: Sequence[Run],
     settings: Sequence[Setting],
     values: Sequence[str],
     metric: Metric,
     floats: Mapping[tuple[str, str], float],
     ignore: Sequence[str],
 ) -> Configuration:
-    # Conversion on or off is a setting, so runs of one configuration agree in it, and one represents all.
-    variant = _variant(runs[0], metric) or "float"
+    # Conversion on or off is a setting, so a run without the variant of the others did not get as far as they did.
+    variant = max((_variant(run, metric) or "float" for run in same), key=VARIANTS.index)
+    runs = tuple(run for run in same if f"{variant}/{metric.name}" in run.metrics)
 
     def over_seeds(value: Callable[[Run], float | None]) -> Spread | None:
         return spread((seed_of(run), number) for run in runs if (number := value(run)) is not None)
@@ -220,7 +230,7 @@ def _drop(
     if variant == "float":
         return None, ""
     scores = _by_seed(runs, f"{variant}/{metric.name}")
-    keys = {seed_of(run): (_training(run, ignore), seed_of(run)) for run in runs}
+    keys = {seed_of(run): (training_of(run, ignore), seed_of(run)) for run in runs}
     trained = {seed: floats[key] for seed, key in keys.items() if key in floats}
     own = _by_seed(runs, f"float/{metric.name}")
     baselines, name = (trained, "float runs") if trained else (own, _own_float(runs))
@@ -244,29 +254,21 @@ def _by_seed(runs: Sequence[Run], key: str) -> dict[str, float]:
 
 
 def _float_scores(runs: Sequence[Run], metric: Metric, ignore: Sequence[str]) -> dict[tuple[str, str], float]:
-    """Return the score of each float run, by its training settings and seed; a run that only continues one is none."""
+    """Return the score of each float run, by its training settings and seed.
+
+    A run that only continues a float run is none, nor is one with a quantizing callback of which int8 has no score.
+    """
     floats: dict[str, list[Run]] = {}
     for run in runs:
-        continues = flatten(run.config).get("method.continues") == "true"
-        if _variant(run, metric) == "float" and run.config and not continues:
-            floats.setdefault(_training(run, ignore), []).append(run)
+        flat = flatten(run.config)
+        is_none = quantizes(flat) or flat.get("method.continues") == "true"
+        if _variant(run, metric) == "float" and run.config and not is_none:
+            floats.setdefault(training_of(run, ignore), []).append(run)
     return {
         (training, seed): score
         for training, same in floats.items()
         for seed, score in _by_seed(same, f"float/{metric.name}").items()
     }
-
-
-def _training(run: Run, ignore: Sequence[str]) -> str:
-    """Return all settings that affect float training, except the seed."""
-    ours = [key for key, value in flatten(run.config).items() if key.endswith("._target_") and _is_ours(value)]
-    parts = [f"{key.removesuffix('_target_')}*" for key in ours if not key.startswith(("model.", "data."))]
-    no_part = (*ignore, *_OF_QUANTIZATION, *parts, "callbacks.model_checkpoint.*", "callbacks.last_checkpoint.*")
-    return repr(sorted(settings_of(run, no_part).items()))
-
-
-def _is_ours(target: str) -> bool:
-    return target.startswith("qat_lightning.")
 
 
 def _labels(configurations: Sequence[Configuration]) -> list[str]:
@@ -285,7 +287,7 @@ def _labels(configurations: Sequence[Configuration]) -> list[str]:
 def _without_words(configuration: Configuration) -> str:
     """Return a label for a configuration without any of the settings that differ: its method, or its logged name."""
     run = configuration.runs[0]
-    return "float" if configuration.variant == "float" else " ".join(run.overrides) or run.name
+    return "float" if configuration.is_float else " ".join(run.overrides) or run.name
 
 
 def _is_number(text: str) -> bool:

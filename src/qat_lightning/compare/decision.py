@@ -116,6 +116,7 @@ def decide(comparison: Comparison, limits: Limits) -> Decision:
     reason = f"{best}: {_figure(winner, comparison, goal)}." + _against(winner, runner_up, comparison, goal)
     if fallen_back:
         reason += f" Latency is ignored: {_noise(comparison)}"
+    reason += _of_fewer_seeds(winner, limits, goal)
     return Decision(winner, runner_up, reason + _float_is_better(winner, comparison, goal))
 
 
@@ -149,19 +150,48 @@ def _among(goal: Goal, kept: int, total: int, comparison: Comparison, limits: Li
     return f"has the {_BEST[goal]} of the {_count(kept, 'int8 ')}, which all keep {asked}"
 
 
+def _of_fewer_seeds(winner: Configuration, limits: Limits, goal: Goal) -> str:
+    """Say which figures that decided are not those of all seeds."""
+    seeds = winner.score.seeds
+    figures = (
+        ("drop", winner.drop, limits.max_drop is not None),
+        ("latency", winner.latency_ms, limits.max_latency is not None or goal == "latency"),
+        ("size", winner.size_mb, limits.max_size is not None or goal == "size"),
+    )
+    return "".join(
+        f" Its {name} is that of {figure.seeds} of {seeds} seeds."
+        for name, figure, decided in figures
+        if decided and figure is not None and figure.seeds < seeds
+    )
+
+
 def _float_is_better(winner: Configuration, comparison: Comparison, goal: Goal) -> str:
-    """Say if a float run, which is not a candidate, is better than every int8 network in the goal."""
-    floats = [c for c in comparison.configurations if c.variant == "float" and _of(c, goal) is not None]
+    """Say if a float run, which is not a candidate, is better in the goal than the choice or every int8 network."""
+    floats = [c for c in comparison.configurations if c.is_float and _of(c, goal) is not None]
     if not floats:
         return ""
     best = min(floats, key=lambda c: _rank(c, comparison, goal))
-    ours, theirs = _of(winner, goal), _of(best, goal)
+    int8 = [c for c in comparison.configurations if c.variant == "int8" and _of(c, goal) is not None]
+    beaten = [c for c in int8 if _beats(best, c, comparison, goal)]
+    if winner not in beaten:
+        return ""
+    whom = "every int8 network" if len(beaten) == len(int8) else "the choice"
+    return f" Float beats {whom} in {_IN[goal]}: {_figure(best, comparison, goal)}."
+
+
+def _beats(one: Configuration, other: Configuration, comparison: Comparison, goal: Goal) -> bool:
+    """Whether a configuration is better than another in the goal, by more than the tolerance."""
+    ours, theirs = _of(one, goal), _of(other, goal)
+    assert ours is not None
     assert theirs is not None
     larger = goal == "score" and comparison.metric.larger_is_better
-    by = 0.0 if ours is None else (theirs.mean - ours.mean) * (1 if larger else -1)
-    if by <= _tolerance(goal, theirs.mean, comparison):
-        return ""
-    return f" Float beats every int8 network in {_IN[goal]}: {_figure(best, comparison, goal)}."
+    by = (ours.mean - theirs.mean) * (1 if larger else -1)
+    return not _at_most(by, _tolerance(goal, ours.mean, comparison))
+
+
+def _at_most(value: float, limit: float) -> bool:
+    """Whether a value keeps a limit; the error of floating-point arithmetic does not count."""
+    return value <= limit or math.isclose(value, limit, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def _tolerance(goal: Goal, value: float, comparison: Comparison) -> float:
@@ -213,7 +243,7 @@ def _missed(configuration: Configuration, comparison: Comparison, limits: Limits
         ("size", size and size.mean, limits.max_size, "MB"),
     ):
         busy = name == "latency" and configuration.noise
-        if limit is None or (value is not None and value <= limit and not busy):
+        if limit is None or (value is not None and _at_most(value, limit) and not busy):
             continue
         if busy:
             missed.append(
@@ -244,6 +274,6 @@ def _against(winner: Configuration, runner_up: Configuration | None, comparison:
     said = f" Runner-up: {runner_up.label}, {_figure(runner_up, comparison, goal)}"
     first, second = _of(winner, goal), _of(runner_up, goal)
     deviations = [figure.deviation for figure in (first, second) if figure and figure.deviation is not None]
-    if first and second and deviations and abs(first.mean - second.mean) <= max(deviations):
+    if first and second and deviations and _at_most(abs(first.mean - second.mean), max(deviations)):
         said += ", which is within the spread over seeds"
     return f"{said}."

@@ -66,7 +66,8 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
         places |= {place.folder.resolve(): place for place in found}
     # W&B's reader runs as a separate process
     with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
-        return _named_apart(list(pool.map(_read_or_report, places.values())))
+        runs = pool.map(_read_or_report, places.values())
+        return _named_apart(zip(places.values(), runs, strict=True))
 
 
 def _places(top: Path) -> list[_Place]:
@@ -102,7 +103,7 @@ def _read_or_report(place: _Place) -> Run:
 
 def _read(place: _Place) -> Run:
     result = _result(place.folder / RESULT)
-    logged = _logged(place, str((result.get("wandb") or {}).get("id", "")))
+    logged = _logged(place, str((result.get("wandb") or {}).get("id", "")), needed=not result)
     if not place.is_trial and logged is not None:
         return logged
     run = logged or Run(
@@ -132,16 +133,40 @@ def _with_file(run: Run, path: Path) -> Run:
     return replace(run, model_file=str(path), metrics={**(size if tested else {}), **run.metrics})
 
 
-def _logged(place: _Place, wandb_id: str) -> Run | None:
-    """Return what the loggers stored, W&B before CSV because it has more; of several runs in a folder, the last."""
-    if place.wandb:
-        parts = [read_offline(folder) for folder in sorted(place.wandb, key=lambda folder: folder.name)]
+def _logged(place: _Place, wandb_id: str, *, needed: bool) -> Run | None:
+    """Return what the loggers stored, W&B before CSV because it has more; of several runs in a folder, the last.
+
+    Args:
+        place: The folder of the run.
+        wandb_id: The id of the run in W&B, if it is known.
+        needed: Whether nothing else is known about the run, so that it is an error if W&B stored nothing readable.
+    """
+    parts = _readable(place.wandb, needed=needed and not place.csv)
+    if parts:
         wanted = wandb_id if any(part.wandb_id == wandb_id for part in parts) else parts[-1].wandb_id
         return join([part for part in parts if part.wandb_id == wanted])
     if place.csv:
         run = read_csv(max(place.csv, key=lambda folder: (folder / METRICS).stat().st_mtime))
         return replace(run, name=place.folder.name) if place.is_trial else run
     return None
+
+
+def _readable(folders: Sequence[Path], *, needed: bool) -> list[Run]:
+    """Return the W&B runs in chronological order, without those that cannot be read, as after an early kill."""
+    parts, faults = [], []
+    for folder in sorted(folders, key=_when):
+        try:
+            parts.append(read_offline(folder))
+        except RunFileError as error:
+            faults.append(error)
+    if faults and needed and not parts:
+        raise faults[-1]
+    return parts
+
+
+def _when(folder: Path) -> str:
+    """Sort key: the time at which W&B made the folder ``run-…`` or ``offline-run-…``, which is in its name."""
+    return folder.name.removeprefix("offline-")
 
 
 def _with_result(run: Run, result: dict[str, Any]) -> Run:
@@ -211,11 +236,19 @@ def _plain(value: Any) -> Any:
         return OmegaConf.to_container(value, resolve=False)
 
 
-def _named_apart(runs: list[Run]) -> list[Run]:
-    """Leave out runs that were read twice: the same W&B id from another path."""
-    seen: dict[str, Run] = {}
-    for run in runs:
-        key = run.wandb_id or str(Path(run.folder).resolve())
-        if key not in seen or (run.overrides and not seen[key].overrides):
-            seen[key] = run
-    return list(seen.values())
+def _named_apart(found: Iterable[tuple[_Place, Run]]) -> list[Run]:
+    """Return each run once, although some were read in several parts or from several paths, with the same W&B id."""
+    same: dict[str, list[tuple[_Place, Run]]] = {}
+    for place, run in found:
+        same.setdefault(run.wandb_id or str(place.folder.resolve()), []).append((place, run))
+    return [_one(parts) for parts in same.values()]
+
+
+def _one(parts: Sequence[tuple[_Place, Run]]) -> Run:
+    """Return a trial, which has all that was logged in it; of a run that is no trial, all parts."""
+    trials = [run for place, run in parts if place.is_trial]
+    if trials:
+        return max(trials, key=lambda run: bool(run.overrides))
+    # a copy that was made while the run was going on comes before the whole
+    ordered = sorted(parts, key=lambda part: (_when(part[0].folder), part[1].status != "unfinished"))
+    return join([run for _, run in ordered])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,16 @@ from qat_lightning.run.metric import ModelMetric
 from qat_lightning.settings.variants import VARIANTS
 
 _BEST_FIRST = ("acc", "accuracy", "top1", "f1", "auroc", "map", "iou", "miou", "dice", "r2", "psnr")
-_SMALLER_IS_BETTER = ("loss", "error", "err", "mse", "rmse", "mae", "perplexity", "ppl", "wer", "cer", "nll")
+_LARGER_IS_BETTER = (
+    *_BEST_FIRST,
+    *("agreement", "ap", "auc", "bleu", "correct", "hit", "jaccard", "kappa", "match", "mcc", "meteor", "mrr", "ndcg"),
+    *("pearson", "precision", "quality", "recall", "rouge", "score", "sensitivity", "similarity", "snr", "spearman"),
+    *("specificity", "ssim", "top5"),
+)
+_SMALLER_IS_BETTER = (
+    *("loss", "error", "err", "mse", "rmse", "mae", "perplexity", "ppl", "wer", "cer", "nll"),
+    *("bce", "brier", "cost", "deviation", "distance", "divergence", "entropy", "fid", "kl", "lpips", "mape", "smape"),
+)
 
 
 @dataclass(frozen=True)
@@ -88,10 +98,22 @@ def choose_metric(runs: Sequence[Run], name: str | None = None, larger_is_better
     if larger_is_better is None and stated is not None and name.rpartition("/")[2] == stated.name:
         larger_is_better = stated.larger_is_better
     elif larger_is_better is None:
-        larger_is_better = not _is_called(name, _SMALLER_IS_BETTER)
+        larger_is_better = _direction(name)
     values = [value for run in runs for key, value in run.metrics.items() if key.partition("/")[2] == name]
     share = larger_is_better and all(0 <= value <= 1 for value in values)
     return Metric(name, larger_is_better, share)
+
+
+def _direction(name: str) -> bool:
+    """Whether larger is better, as the name says."""
+    if _is_called(name, _SMALLER_IS_BETTER):
+        return False
+    if _is_called(name, _LARGER_IS_BETTER):
+        return True
+    raise ConfigurationError(
+        f"Is a larger {name!r} better or worse? Its name does not say: use --goal max or --goal min, in Python "
+        "larger_is_better=, or let the model state its metric."
+    )
 
 
 def _stated(runs: Sequence[Run]) -> ModelMetric | None:
@@ -120,6 +142,10 @@ def _best(names: Sequence[str]) -> str:
 
 
 def _is_called(name: str, words: Sequence[str]) -> bool:
-    return name.rpartition("/")[2].lower().replace("-", "_") in words or any(
-        part in words for part in name.lower().replace("/", "_").replace("-", "_").split("_")
-    )
+    """Whether a name has one of the words, in any spelling: ``word_error``, ``test/Word-Error``, ``WordErrorRate``."""
+    parts = re.split(r"[^a-zA-Z0-9]+", name)
+    within = [word for part in parts for word in _CASE_CHANGES.split(part)]
+    return any(word.lower() in words for word in (name.rpartition("/")[2], *parts, *within))
+
+
+_CASE_CHANGES = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")

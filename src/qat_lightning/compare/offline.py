@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qat_lightning.compare.run import Curve, Run, curves_of, numbers
+from qat_lightning.compare.run import Curve, Run, curves_of, numbers, without_media
 from qat_lightning.errors import RunFileError
 
 STEP = "trainer/global_step"  # WandbLogger's own axis
@@ -47,7 +47,6 @@ def read_offline(folder: Path) -> Run:
         raise RunFileError(f"{folder} holds no run: W&B wrote nothing into it before it was stopped.")
     rows = [record["history"]["item"] for record in records if record["type"] == "history"]
     logged = {key: value for row in rows for key, value in row.items()} | summary
-    media = tuple(f"{key.removesuffix('._type')}." for key in logged if key.endswith("._type"))
     ends = [record["exit"] for record in records if record["type"] == "exit"]
     code = ends[-1].get("exit_code", 0) if ends else None
     return Run(
@@ -55,8 +54,8 @@ def read_offline(folder: Path) -> Run:
         folder=str(folder),
         status="unfinished" if code is None else "failed" if code else "finished",
         config={key: value for key, value in config.items() if not key.startswith("_wandb")},
-        metrics=numbers({key: value for key, value in logged.items() if not key.startswith(("_", *media))}),
-        curves=curves_of([{k: v for k, v in row.items() if not k.startswith(media)} for row in rows], STEP),
+        metrics=numbers({key: value for key, value in without_media(logged).items() if not key.startswith("_")}),
+        curves=curves_of(map(without_media, rows), STEP),
         layers=read_layers(folder / "files", logged),
         seconds=ends[-1].get("runtime") if ends else None,
         reason="" if code == 0 else f"it ended with code {code}" if code else "it was stopped, or is still running",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qat_lightning.compare.offline import STEP
-from qat_lightning.compare.run import Run, Status, curves_of, numbers
+from qat_lightning.compare.run import Run, Status, curves_of, numbers, without_media
 from qat_lightning.errors import ConfigurationError, RunFileError
 
 _STATUS: dict[str, Status] = {"finished": "finished", "running": "unfinished", "failed": "failed", "crashed": "failed"}
@@ -51,8 +51,8 @@ def _run(run: Any) -> Run:
         folder=str(run.url),
         status=_STATUS.get(state, "failed"),
         config=dict(run.config),
-        metrics=numbers({key: value for key, value in summary.items() if not key.startswith("_")}),
-        curves=curves_of(rows, STEP),
+        metrics=numbers({key: value for key, value in without_media(summary).items() if not key.startswith("_")}),
+        curves=curves_of(map(without_media, rows), STEP),
         seconds=numbers(summary).get("_runtime"),
         reason="" if state == "finished" else f"W&B says it is {state}",
         wandb_id=str(run.id),

@@ -148,6 +148,7 @@ def _configuration(configuration: Configuration, on_latency_front: bool, on_size
         "label": configuration.label,
         "values": list(configuration.values.values()),
         "variant": configuration.variant,
+        "float": configuration.is_float,
         "baseline": configuration.baseline,
         "front": configuration.on_front,
         "noise": configuration.noise,
@@ -206,7 +207,7 @@ def _thinned(curve: Curve) -> Curve:
 
 
 def _events(run: Run) -> list[dict[str, Any]]:
-    """Return the step at which each schedule point first appears in the logs, except at the start of the run."""
+    """Return the step at which each schedule point first appears in the logs, also if that is the first step."""
     events = []
     for name, key, wanted in _EVENTS:
         curve = run.curves.get(key)

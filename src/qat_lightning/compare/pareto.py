@@ -33,6 +33,7 @@ def pareto_front(points: Sequence[Sequence[float] | None], tolerances: Sequence[
 
 
 def _dominates(one: Sequence[float], other: Sequence[float], tolerances: Sequence[float]) -> bool:
-    limits = tolerances or [0.0] * len(one)
+    # a difference that equals the tolerance does not count, whatever floating-point arithmetic adds to it
+    limits = [tolerance * (1 + 1e-6) for tolerance in tolerances] or [0.0] * len(one)
     gains = [(a - b, limit) for a, b, limit in zip(one, other, limits, strict=True)]
     return all(gain >= -limit for gain, limit in gains) and any(gain > limit for gain, limit in gains)

@@ -25,14 +25,30 @@ def part_of(flat: Mapping[str, str]) -> str:
         >>> part_of({"lr": "0.1", "callbacks.qat._target_": "qat_lightning.QuantizationAwareTraining"})
         'callbacks.qat'
     """
+    parts = _parts(flat)
+    return parts[0] if len(parts) == 1 else ""
+
+
+def quantizes(flat: Mapping[str, str]) -> bool:
+    """Whether a flat configuration creates one of our callbacks, or has the settings that one logged.
+
+    Example:
+        >>> quantizes({"quantization/method": "Mine"}), quantizes({"quantization.enabled": "false"})
+        (True, False)
+    """
+    logged = f"{PREFIX}method"
+    return bool(_parts(flat)) or logged in flat or logged.replace("/", ".") in flat
+
+
+def _parts(flat: Mapping[str, str]) -> list[str]:
+    """Return the sections that create a quantizing callback."""
     own = flat.get(f"{PREFIX}method")
     targets = {key: value.rpartition(".") for key, value in flat.items() if key.endswith(f".{_TARGET}")}
-    parts = [
+    return [
         key.removesuffix(f".{_TARGET}")
         for key, (module, _, class_name) in targets.items()
         if class_name == own or (class_name in QUANTIZING and module.partition(".")[0] == "qat_lightning")
     ]
-    return parts[0] if len(parts) == 1 else ""
 
 
 def renamed(key: str, part: str) -> str:

@@ -14,11 +14,12 @@ from hydra.utils import instantiate
 from lightning.pytorch import LightningModule
 from omegaconf import OmegaConf
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.artifact import load_quantized
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.callbacks.parts.network import Slot, find_networks
+from qat_lightning.compare.noise import network_settings
 from qat_lightning.compare.run import Run
 from qat_lightning.errors import ConfigurationError, QuantizationError
 from qat_lightning.graph.example import Example
@@ -32,11 +33,12 @@ BUSY = 0.5
 
 @dataclass(frozen=True)
 class _Timed:
-    """The networks of one run to time."""
+    """The networks of one run to time; ``network`` identifies the float network and what it is given."""
 
     run: int
     int8: QuantizedNetwork
     floating: nn.Module | None
+    network: str
 
 
 def remeasure(runs: Sequence[Run], say: Callable[[str], None], *, rounds: int = 15) -> list[Run]:
@@ -106,7 +108,7 @@ def _load(place: int, run: Run) -> tuple[_Timed | None, list[str]]:
     if not tree_leaves((int8.example.args, int8.example.kwargs)):
         faults.append(f"{Path(run.model_file).name} is not timed: it does not contain the shapes of its inputs.")
         return None, faults
-    return _Timed(place, int8, floating), faults
+    return _Timed(place, int8, floating, _network(run, floating)), faults
 
 
 def float_network(run: Run) -> nn.Module | None:
@@ -128,9 +130,19 @@ def float_network(run: Run) -> nn.Module | None:
     return found.cpu().float().eval()
 
 
+def _network(run: Run, floating: nn.Module | None) -> str:
+    """Identify a float network; not all that its latency depends on is in its `repr`, and its inputs are not."""
+    return f"{floating!r} {network_settings(run)}"
+
+
 def _inputs(example: Example) -> str:
-    leaves = tree_leaves((example.args, example.kwargs))
-    return repr([(tuple(leaf.shape[1:]), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves])
+    """Return the inputs of one sample as text, with shapes and types in the place of tensors."""
+    one = one_sample(example)
+
+    def described(leaf: Any) -> Any:
+        return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
+
+    return repr(tree_map(described, (one.args, one.kwargs)))
 
 
 def _time(group: Sequence[_Timed], rounds: int) -> dict[int, dict[str, float]]:
@@ -140,14 +152,14 @@ def _time(group: Sequence[_Timed], rounds: int) -> dict[int, dict[str, float]]:
     same: dict[str, str] = {}
     for timed in group:
         if timed.floating is not None:
-            networks.setdefault(same.setdefault(repr(timed.floating), f"float {timed.run}"), timed.floating)
+            networks.setdefault(same.setdefault(timed.network, f"float {timed.run}"), timed.floating)
     latencies = latency_interleaved(networks, one.args, one.kwargs, rounds)
     found = {}
     for timed in group:
         int8 = latencies[f"int8 {timed.run}"]
         figures = {"int8/latency_ms": int8.median_ms, SPREAD: int8.spread}
         if timed.floating is not None:
-            floating = latencies[same[repr(timed.floating)]]
+            floating = latencies[same[timed.network]]
             figures |= {
                 "float/latency_ms": floating.median_ms,
                 "speedup": floating.median_ms / int8.median_ms,
@@ -161,15 +173,13 @@ def _floats(
     runs: Sequence[Run], groups: Mapping[str, Sequence[_Timed]], found: Mapping[int, Mapping[str, float]]
 ) -> dict[int, dict[str, float]]:
     """Return latencies for float runs, from the same network timed beside int8 networks."""
-    timed = {
-        repr(part.floating): found[part.run] for group in groups.values() for part in group if part.floating is not None
-    }
+    timed = {part.network: found[part.run] for group in groups.values() for part in group if part.floating is not None}
     figures = {}
     for place, run in enumerate(runs):
         if run.model_file or run.status != "finished":
             continue
         try:
-            known = timed.get(repr(float_network(run)))
+            known = timed.get(_network(run, float_network(run)))
         except Exception:  # noqa: BLE001 - a network that cannot be built gets no new figure, which the table shows
             known = None
         if known is not None:

@@ -70,6 +70,25 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+def without_media(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return logged values without tables, images and other files, whose sizes are no metrics.
+
+    W&B stores a file as a mapping with ``_type``, or as flat keys such as ``key._type``.
+
+    Example:
+        >>> without_media({"acc": 0.9, "table": {"_type": "table-file", "nrows": 2}})
+        {'acc': 0.9}
+        >>> without_media({"acc": 0.9, "table._type": "table-file", "table.nrows": 2})
+        {'acc': 0.9}
+    """
+    files = tuple(key.removesuffix("_type") for key in values if key.endswith("._type"))
+    return {
+        key: value
+        for key, value in values.items()
+        if not key.startswith(files) and not (isinstance(value, Mapping) and "_type" in value)
+    }
+
+
 def curves_of(rows: Iterable[Mapping[str, Any]], step_key: str) -> dict[str, Curve]:
     """Convert logged rows to one curve per metric.
 

@@ -23,6 +23,13 @@ _NO_SETTINGS = (
 _PLACES = ("dirpath", "save_dir", "output_dir", "default_root_dir", "root_dir", "log_dir", "cache_dir", "data_dir")
 SEED = "seed"
 
+# Settings that a float run also has, but that do not affect its training
+_OF_QUANTIZATION = tuple(
+    glob
+    for group in ("method", "mode", "backend", "quantization", "export", "baseline")
+    for glob in (group, f"{group}.*")
+)
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -31,7 +38,7 @@ class Setting:
     Args:
         key: Its dotted name in the configuration.
         label: The shortest unambiguous name.
-        values: The value in each run as text; `ABSENT` if it has none.
+        values: The value in each run as text; `ABSENT` if it has none. Different values have different texts.
     """
 
     key: str
@@ -74,6 +81,27 @@ def settings_of(run: Run, ignore: Sequence[str] = ()) -> dict[str, str]:
         for key, value in flat.items()
         if key.rpartition(".")[2] not in (SEED, *_PLACES) and not any(fnmatchcase(key, glob) for glob in ignore)
     }
+
+
+def training_of(run: Run, ignore: Sequence[str] = ()) -> str:
+    """Return all settings that affect float training, except the seed, as text.
+
+    Args:
+        run: The run.
+        ignore: Globs of further keys to leave out.
+
+    Example:
+        >>> training_of(Run("a", "a", config={"seed": 0, "lr": 0.1, "mode": "fx", "quantization": {"start": 0.3}}))
+        "[('lr', '0.1')]"
+    """
+    ours = [key for key, value in flatten(run.config).items() if key.endswith("._target_") and _is_ours(value)]
+    parts = [f"{key.removesuffix('_target_')}*" for key in ours if not key.startswith(("model.", "data."))]
+    no_part = (*ignore, *_OF_QUANTIZATION, *parts, "callbacks.model_checkpoint.*", "callbacks.last_checkpoint.*")
+    return repr(sorted(settings_of(run, no_part).items()))
+
+
+def _is_ours(target: str) -> bool:
+    return target.startswith("qat_lightning.")
 
 
 def seed_of(run: Run) -> str:
@@ -121,7 +149,7 @@ def differing(runs: Sequence[Run], ignore: Sequence[str] = (), *, every: bool = 
         if every or free or not _follows(key, columns[key], kept, said):
             kept[key] = columns[key]
     labels = _short(list(kept))
-    return [Setting(key, labels[key], tuple(map(_shown, values))) for key, values in kept.items()]
+    return [Setting(key, labels[key], _shown(values)) for key, values in kept.items()]
 
 
 def _words(runs: Sequence[Run]) -> list[dict[str, str]]:
@@ -203,7 +231,13 @@ def _follows(key: str, values: Sequence[str], kept: Mapping[str, Sequence[str]],
 _CALLED = {"QuantizationAwareTraining": "qat", "PostTrainingQuantization": "ptq"}
 
 
-def _shown(value: str) -> str:
+def _shown(values: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the values of a setting in short, unless two different ones would look the same."""
+    short = tuple(map(_in_short, values))
+    return short if len({*short}) == len({*values}) else values
+
+
+def _in_short(value: str) -> str:
     """Return a class by its last name; our two callbacks by the names of train.py's methods."""
     parts = value.split(".")
     last = parts[-1] if len(parts) > 1 and all(part.isidentifier() for part in parts) else value
@@ -213,10 +247,12 @@ def _shown(value: str) -> str:
 def _short(keys: Sequence[str]) -> dict[str, str]:
     """Return the shortest unique suffix of each key; ``.name`` and ``._target_`` alone are not informative."""
     parts = {key: key.removesuffix(".name").removesuffix("._target_").split(".") for key in keys}
+    for key in [key for key, words in parts.items() if [*parts.values()].count(words) > 1]:
+        parts[key] = key.split(".")
     labels = {}
     for key, words in parts.items():
         others = [other for name, other in parts.items() if name != key]
-        lengths = range(1, len(words) + 1)
+        lengths = range(2 if words[-1] in ("name", "_target_") else 1, len(words) + 1)
         alone = (n for n in lengths if all(words[-n:] != other[-n:] for other in others))
         labels[key] = ".".join(words[-next(alone, len(words)) :])
     return labels

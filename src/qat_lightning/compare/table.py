@@ -57,16 +57,17 @@ def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
     def row(configuration: Configuration) -> list[str]:
         named = list(configuration.values.values()) or [configuration.label]
+        seeds = configuration.score.seeds
         return [
             FRONT if configuration.on_front else "",
             *named,
             configuration.variant,
-            _with_spread(configuration.score, 2 if metric.is_share else 4, 100 if metric.is_share else 1),
-            _with_spread(configuration.drop, 2 if metric.is_share else 4),
-            _marked(_with_spread(configuration.latency_ms, 3), configuration),
-            _with_spread(configuration.size_mb, 3),
-            _marked(_with_spread(configuration.speedup, 2), configuration),
-            str(configuration.score.seeds),
+            _with_spread(configuration.score, seeds, 2 if metric.is_share else 4, 100 if metric.is_share else 1),
+            _with_spread(configuration.drop, seeds, 2 if metric.is_share else 4),
+            _marked(_with_spread(configuration.latency_ms, seeds, 3), configuration),
+            _with_spread(configuration.size_mb, seeds, 3),
+            _marked(_with_spread(configuration.speedup, seeds, 2), configuration),
+            str(seeds),
         ]
 
     names = [setting.label for setting in comparison.settings] or ["run"]
@@ -76,11 +77,13 @@ def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     return header, [row(configuration) for configuration in comparison.configurations]
 
 
-def _with_spread(figure: Spread | None, digits: int, factor: float = 1) -> str:
+def _with_spread(figure: Spread | None, seeds: int, digits: int, factor: float = 1) -> str:
+    """Return a figure as text, with its number of seeds where that is not the row's."""
     if figure is None:
         return ABSENT
     spread = "" if figure.deviation is None else f" ± {factor * figure.deviation:.{digits}f}"
-    return f"{round(factor * figure.mean, digits) + 0.0:.{digits}f}{spread}"  # + 0.0: never -0.00
+    own = "" if figure.seeds == seeds else f" (n={figure.seeds})"
+    return f"{round(factor * figure.mean, digits) + 0.0:.{digits}f}{spread}{own}"  # + 0.0: never -0.00
 
 
 def _marked(figure: str, configuration: Configuration) -> str:

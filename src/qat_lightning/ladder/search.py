@@ -287,7 +287,10 @@ def _metric(found: dict[str, float], name: str | None, larger_is_better: bool | 
     try:
         metric = choose_metric([run], name, larger_is_better)
     except ConfigurationError as error:
-        raise ConfigurationError(f"Which metric is judged? Give metric= with one of {', '.join(found)}.") from error
+        raise ConfigurationError(
+            f"Which metric is judged? Give metric= with one of {', '.join(found)}, and larger_is_better= where the "
+            "name does not say it."
+        ) from error
     if not math.isfinite(found[metric.name]):
         raise ConfigurationError(
             f"{metric.name} of the float network is {found[metric.name]}, so networks cannot be judged by it."

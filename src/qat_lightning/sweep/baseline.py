@@ -20,6 +20,7 @@ from filelock import FileLock
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from qat_lightning.callbacks.median_pruning import why_pruned
 from qat_lightning.callbacks.parts.checkpoint_io import read_float_state
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.json_files import read_json, write_json
@@ -162,7 +163,8 @@ def _fit_float(cfg: DictConfig, run: app.Objects) -> None:
             app.fit(cfg, run)
         else:
             app.fit(cfg, run)
-            baseline.publish(run)
+            if not why_pruned(run.callbacks):  # other trials need the whole training
+                baseline.publish(run)
 
 
 def float_configuration(cfg: DictConfig) -> DictConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,10 +66,13 @@ class TrialResult:
     def write(self, folder: Path) -> None:
         """Write ``result.json`` into the trial's folder, atomically.
 
-        JSON has no infinity: the SQNR of equal outputs is written as `EQUAL_DB`, as in the loggers, and NaN as null.
+        JSON has no infinity: the SQNR of equal outputs is written as `EQUAL_DB`, as in the loggers, and other values
+        that are not finite as null.
         """
         fields = dataclasses.asdict(self)
         fields |= {name: _finite(fields[name]) for name in ("metrics", "fit_metrics")}
+        if self.objective is not None:
+            fields["objective"] = [value if math.isfinite(value) else None for value in self.objective]
         write_json(folder / FILE, fields)
 
     @classmethod
@@ -81,8 +85,11 @@ class TrialResult:
         path = folder / FILE
         if not path.is_file():
             return None
+        fields = read_json(path)
+        if fields.get("objective") is not None:
+            fields["objective"] = [math.nan if value is None else value for value in fields["objective"]]
         try:
-            return cls(**read_json(path))
+            return cls(**fields)
         except TypeError as error:
             raise ConfigurationError(f"{path} is not the result of a trial ({error}): remove it.") from error
 

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, open_dict
 
+from qat_lightning.callbacks.median_pruning import why_pruned
 from qat_lightning.errors import CombinationError, ConfigurationError
 from qat_lightning.json_files import read_json, write_json
 from qat_lightning.run import app
@@ -151,7 +152,7 @@ class Trial:
             with terminable():
                 metrics, run = train(self.begun(cfg))
                 fit_metrics, wandb_run = run.fit_metrics, _wandb_run(run)
-                pruned = next((reason for c in run.callbacks if (reason := getattr(c, "pruned", None))), None)
+                pruned = why_pruned(run.callbacks)
                 objective = _objective(cfg.objective, fit_metrics | metrics)
         except BaseException as error:
             ended = as_failure(error)

@@ -77,10 +77,12 @@ const figure = Object.fromEntries(FIGURES.map((f) => [f.key, f]));
 const measured = (f) => all.some((c) => c[f.key]);
 const mean = (c, key) => (c[key] ? c[key][0] * figure[key].factor : null);
 const deviation = (c, key) => (c[key] && c[key][1] !== null ? c[key][1] * figure[key].factor : null);
+// The seeds of a figure where they are not all of them: some runs have no baseline, or were not timed.
+const fewer = (c, key) => (c[key] && c[key][2] !== c.score[2] ? ` (n=${c[key][2]})` : "");
 function said(c, key) {
   const f = figure[key], value = mean(c, key), spread = deviation(c, key);
   if (value === null) return "–";
-  return f.text(spread === null ? digits(value, f.digits) : `${digits(value, f.digits)} ± ${digits(spread, f.digits)}`) + (doubted(c, key) ? " ?" : "");
+  return f.text(spread === null ? digits(value, f.digits) : `${digits(value, f.digits)} ± ${digits(spread, f.digits)}`) + fewer(c, key) + (doubted(c, key) ? " ?" : "");
 }
 
 function ticks(low, high, count) {

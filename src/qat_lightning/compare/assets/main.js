@@ -8,7 +8,7 @@ function buildVerdict() {
   if (winner) {
     place.classList.add("won");
     const figures = FIGURES.filter((f) => winner[f.key] && f.key !== "agreement").map((f) => el("div", {}, el("dt", {}, f.name.replace(/ \(.*/, "")),
-      el("dd", {}, f.text(digits(mean(winner, f.key), f.digits)), " ", deviation(winner, f.key) === null ? null : el("small", {}, `± ${digits(deviation(winner, f.key), f.digits)}`), doubted(winner, f.key) ? el("span", { class: "doubt", title: winner.noise }, "?") : null)));
+      el("dd", {}, f.text(digits(mean(winner, f.key), f.digits)), " ", deviation(winner, f.key) === null ? null : el("small", {}, `± ${digits(deviation(winner, f.key), f.digits)}`), fewer(winner, f.key), doubted(winner, f.key) ? el("span", { class: "doubt", title: winner.noise }, "?") : null)));
     place.append(el("p", { class: "kicker" }, "Ship this"), el("p", { class: "winner" }, wrapped(winner.label)), el("p", {}, wrapped(data.reason)),
       el("dl", { class: "figures" }, figures), el("ul", { class: "files" }, data.shipped.map((path) => el("li", {}, wrapped(path)))));
   } else {

@@ -46,7 +46,7 @@ function filter() {
     return ["drop", "latency", "size"].every((key) => {
       const limit = inputs[key] ? inputs[key].valueAsNumber : NaN;
       if (Number.isNaN(limit)) return true;
-      const value = key === "drop" && c.variant === "float" ? 0 : mean(c, key);
+      const value = key === "drop" && c.float ? 0 : mean(c, key);
       return value !== null && value <= limit;
     });
   };
@@ -147,7 +147,7 @@ function row(i, shown) {
     const spread = column.figure ? deviation(c, column.key) : null;
     const text = column.figure ? digits(column.number(c), column.figure.digits) : column.number(c);
     const doubt = doubted(c, column.key) ? el("span", { class: "doubt", title: `Measured while other work was running: ${c.noise}` }, "?") : null;
-    const aside = column.figure ? el("small", {}, spread === null ? "" : `± ${digits(spread, column.figure.digits)}`, doubt) : null;
+    const aside = column.figure ? el("small", {}, (spread === null ? "" : `± ${digits(spread, column.figure.digits)}`) + fewer(c, column.key), doubt) : null;
     return el("td", { class: "num" }, String(text), aside);
   });
   const handlers = { pointerenter: () => heat(i), pointerleave: () => heat(null) };

@@ -97,6 +97,20 @@ def test_the_least_error_is_nearly_that_of_the_search_in_calibration(kind: str, 
     assert found <= error(values, grid, *ends)
 
 
+@pytest.mark.parametrize("qscheme", SCHEMES)
+@pytest.mark.parametrize("kind", ["plain", "with outliers", "behind a ReLU"])
+@pytest.mark.parametrize("source", ["batch_mse", "batch_percentile"])
+def test_the_range_of_the_largest_values_is_that_of_smaller_ones_enlarged(source: Any, kind: str, qscheme: Any) -> None:
+    values = values_of(kind)
+    values = values / values.abs().max()
+    ranges = []
+    for size in (1.0, 2.0**127):
+        fq = make(source, bits=4, qscheme=qscheme)
+        fq(values * size)
+        ranges.append([float(end) / size for end in fq.range()])
+    assert ranges[1] == pytest.approx(ranges[0], rel=1e-4)
+
+
 @pytest.mark.parametrize("source", ["batch_mse", "batch_percentile"])
 def test_the_range_is_the_moving_average_of_the_batches_and_stops_with_the_observers(source: Any) -> None:
     fq, values = make(source, bits=4), values_of("with outliers")

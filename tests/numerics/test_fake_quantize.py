@@ -276,6 +276,118 @@ def test_nonfinite_batch_is_counted_and_leaves_the_range(bad: float) -> None:
     assert fq.nonfinite_batches.item() == 2
 
 
+OBSERVERS = [
+    "moving_average",
+    "min_max",
+    "histogram_mse",
+    "histogram_kl",
+    "percentile",
+    "batch_mse",
+    "batch_percentile",
+]
+LARGEST = torch.finfo(torch.float32).max
+HUGE = st.one_of(
+    st.sampled_from([-LARGEST, LARGEST, 0.0, 1.0, -1.0]),
+    st.floats(-LARGEST, LARGEST, width=32, allow_subnormal=False),
+    st.floats(2.0**126, LARGEST, width=32),
+    st.floats(-LARGEST, -(2.0**126), width=32),
+)
+
+
+@pytest.mark.parametrize("qscheme", [torch.per_tensor_affine, torch.per_tensor_symmetric], ids=["affine", "symmetric"])
+@pytest.mark.parametrize(
+    "source", [pytest.param(name, marks=pytest.mark.slow if name == "histogram_kl" else ()) for name in OBSERVERS]
+)
+@given(batches=st.lists(st.lists(HUGE, min_size=1, max_size=8), min_size=1, max_size=3), grid=GRIDS)
+@settings(max_examples=25, deadline=None)
+def test_values_up_to_float32s_largest_have_a_range_and_a_finite_grid(
+    source: str, qscheme: torch.qscheme, batches: list[list[float]], grid: tuple[int, int]
+) -> None:
+    fq = activation(source=source, qscheme=qscheme, quant_min=grid[0], quant_max=grid[1], percentile=99.0)
+    fq.fake_quant_enabled = False
+    for batch in batches:
+        fq(torch.tensor(batch))
+    fq.settle()
+    values = torch.tensor([value for batch in batches for value in batch])
+    assert int(fq.nonfinite_batches) == 0
+    assert fq.seen
+    low, high = (float(end) for end in fq.range())
+    assert min(values.min().item(), 0.0) - 1e-6 * abs(low) <= low <= high
+    assert high <= max(values.max().item(), 0.0) + 1e-6 * abs(high)
+    scale, _ = fq.calculate_qparams()
+    assert scale.isfinite()
+    fq.fake_quant_enabled = True
+    x = torch.cat([values, torch.tensor([-LARGEST, 0.0, LARGEST])]).requires_grad_()
+    rounded = fq.eval()(x)
+    rounded.sum().backward()
+    assert rounded.isfinite().all()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("source", OBSERVERS)
+def test_an_additive_mask_is_observed_and_rounded_to_finite_values(source: str) -> None:
+    x = torch.randn(16, 5, 4, generator=torch.Generator().manual_seed(0)).relu()
+    x[:, 3:] += torch.finfo(torch.float32).min
+    fq = activation(source=source)
+    fq(x)
+    fq.settle()
+    assert fq.seen
+    assert fq(x).isfinite().all()
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("tiny", [0.0, 1e-45, 1e-41, -1e-41])
+def test_a_channel_whose_batchnorm_factor_cannot_be_divided_by_stays_as_it_is(
+    tiny: float, clipped: bool, per_channel: bool
+) -> None:
+    fq = FakeQuantize(
+        dtype=torch.int8,
+        quant_min=-127,
+        quant_max=127,
+        qscheme=torch.per_channel_symmetric if per_channel else torch.per_tensor_symmetric,
+        ch_axis=0 if per_channel else -1,
+        source="present",
+        clipped=clipped,
+    )
+    weight = torch.randn(2, 20, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    rounded = fq(weight, torch.tensor([1.0, tiny]))
+    rounded.square().sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.isfinite().all()
+    if not per_channel or clipped or tiny == 0.0:
+        assert torch.equal(rounded[1], weight[1])
+    assert rounded.isfinite().all()
+    assert torch.equal(rounded[0], fq(weight, torch.tensor([1.0, 0.0]))[0])
+    assert torch.equal(rounded[0], fq.grid.round(weight, *fq.calculate_qparams())[0])
+
+
+@pytest.mark.parametrize("source", OBSERVERS)
+@pytest.mark.parametrize("bad", [[torch.nan, 1.0], [torch.inf, 1.0], [torch.nan], []])
+def test_a_batch_that_is_not_finite_in_this_process_alone_is_left_out_here(
+    source: str, bad: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other process has a finite batch, so that the range of both is finite."""
+    others = torch.tensor(0.0), torch.tensor(1.0)
+
+    def reduced(low: Tensor, high: Tensor, finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        assert not finite
+        return *others, torch.tensor(True)
+
+    module = "qat_lightning.numerics.fake_quantize"
+    monkeypatch.setattr(f"{module}.process_count", lambda: 2)
+    monkeypatch.setattr(f"{module}.range_over_all", reduced)
+    monkeypatch.setattr(f"{module}.sum_over_all", lambda counts: counts + 1.0)
+    fq = activation(source=source)
+    fq.reduce_across_processes = True
+    fq.observe(torch.tensor(bad))
+    assert int(fq.nonfinite_batches) == (1 if bad else 0)
+    assert int(fq.batches) == 1
+    assert 0.0 <= float(fq.range()[0]) < float(fq.range()[1]) <= 1.0
+    assert fq.histogram is None or not fq.histogram.counts.any()
+
+
 def test_constant_and_empty_tensors_have_a_grid() -> None:
     fq = activation()
     fq(torch.empty(0))

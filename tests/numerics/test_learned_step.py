@@ -208,6 +208,65 @@ def test_a_scale_never_grows_until_everything_is_rounded_to_0(optimizer: Any, is
     assert float(step.qparams()[0]) < 1 / 7
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("end", [0, 15])
+@pytest.mark.parametrize("rate", [1.0, 0.25])
+def test_a_zero_point_comes_back_from_the_end_of_the_grid(rate: float, end: int, optimizer: Any) -> None:
+    """With gradients that push it beyond, and then back."""
+    step = LearnedStep(None, quant_min=0, quant_max=15, learn_zero_point=True, rate=rate)
+    step.begin(torch.tensor(0.1), torch.tensor(end))
+    moves = optimizer(step.parameters(), lr=0.01)
+    for away in (True,) * 3 + (False,) * 50:
+        moves.zero_grad()
+        _, zero_point = step._values(1.0)
+        (zero_point * (1.0 if away == (end == 0) else -1.0)).backward()
+        moves.step()
+        if away:
+            assert int(step.qparams()[1]) == end
+    assert int(step.qparams()[1]) != end
+
+
+@given(
+    st.integers(0, 15),
+    st.floats(-3, 3, width=32),
+    st.sampled_from([1.0, 0.25, 3.0]),
+    st.sampled_from([(0, 15), (-8, 7)]),
+)
+def test_a_learned_zero_point_is_on_the_grid_and_never_without_a_gradient_into_it(
+    base: int, shift: float, rate: float, grid: tuple[int, int]
+) -> None:
+    step = LearnedStep(None, quant_min=grid[0], quant_max=grid[1], learn_zero_point=True, rate=rate)
+    step.begin(torch.tensor(0.1), torch.tensor(grid[0] + base))
+    assert step.shift is not None
+    step.shift.data.fill_(shift)
+    wanted = grid[0] + base + rate * 15 * shift
+    assert float(step._values(1.0)[1].detach()) == pytest.approx(min(max(wanted, grid[0]), grid[1]), abs=1e-4)
+    assert grid[0] <= int(step.qparams()[1]) <= grid[1]
+    for sign in (1.0, -1.0):
+        step.shift.grad = None
+        (sign * step._values(1.0)[1]).backward()
+        moves_out = wanted < grid[0] - 1e-3 if sign > 0 else wanted > grid[1] + 1e-3
+        moves_in = wanted > grid[0] + 1e-3 if sign > 0 else wanted < grid[1] - 1e-3
+        assert not (moves_out and bool(step.shift.grad)), "farther from the grid"
+        assert not moves_in or float(step.shift.grad) * sign > 0
+
+
+def test_a_zero_point_at_the_end_of_the_grid_learns_what_inputs_need() -> None:
+    fq = activation_fq()
+    x = torch.linspace(0, 4, 256).reshape(4, 64)
+    fq(x)
+    assert fq.step is not None
+    assert fq.step.shift is not None
+    fq.step.shift.data.fill_(-0.001)
+    optimizer = torch.optim.Adam(fq.step.parameters(), lr=1e-3)
+    x = torch.linspace(-1, 4, 256).reshape(4, 64)
+    for _ in range(300):
+        optimizer.zero_grad()
+        (fq(x) - x).square().mean().backward()
+        optimizer.step()
+    assert int(fq.calculate_qparams()[1]) > 0
+
+
 def test_the_state_of_releases_before_stands_for_the_same_scale() -> None:
     """There it was ``exp(10 * log_ratio)``."""
     state = activation_fq().state_dict()
@@ -289,6 +348,18 @@ def test_int8_equals_what_learned(mode: str, scheme: Scheme, case: object) -> No
     args, kwargs, _ = case.batch(64)  # type: ignore[attr-defined]
     converted = flow.convert(cpu_copy(prepared), Example(args, kwargs))
     assert min(check.sqnr_db for check in converted.checks) > (55 if onednn_is_exact() else 45)
+
+
+@pytest.mark.parametrize("learned", ["lsq", "lsq+"])
+def test_gradients_of_a_range_of_float32s_largest_values_are_finite(learned: str) -> None:
+    fq = activation_fq(learned)
+    x = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0))
+    x[0] = torch.finfo(torch.float32).min
+    fq(x).backward(torch.full_like(x, 100.0))
+    fq(1.2 * x[1:] * 2.0**126).backward(torch.full_like(x[1:], 100.0))
+    gradients = [parameter.grad for parameter in fq.parameters()]
+    assert len(gradients) == (1 if learned == "lsq" else 2)
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
 def test_a_scale_that_shrinks_stays_finite() -> None:

@@ -20,6 +20,7 @@ from qat_lightning.numerics.observers import (
 )
 
 SEEDS = st.integers(0, 2**31)
+LARGEST = torch.finfo(torch.float32).max
 
 
 def histogram_of(*batches: torch.Tensor) -> Histogram:
@@ -134,7 +135,9 @@ def test_least_squares_is_no_worse_than_upstreams_histogram_observer() -> None:
 @settings(max_examples=10)
 def test_entropy_leaves_outliers_out_and_the_bulk_in(seed: int) -> None:
     values = heavy_tailed(seed)
-    low, high = entropy_range(histogram_of(values), values.min().item(), values.max().item(), levels=256)
+    low, high = entropy_range(
+        histogram_of(values), values.min().item(), values.max().item(), levels=256, symmetric=False
+    )
     assert values.min() <= low < -2
     assert 2 < high <= values.max()
     assert max(-low, high) < values.abs().max()
@@ -171,22 +174,38 @@ def divergences(values: np.ndarray, width: float, levels: int) -> dict[int, floa
 @pytest.mark.slow
 @pytest.mark.parametrize("levels", [16, 256])
 @pytest.mark.parametrize("signs", ["both", "positive", "negative"])
-def test_entropy_is_that_of_every_threshold_tried_by_hand(signs: str, levels: int) -> None:
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_entropy_is_that_of_every_threshold_tried_by_hand(symmetric: bool, signs: str, levels: int) -> None:
     values = heavy_tailed(levels)
     if signs != "both":
         values = values.abs() if signs == "positive" else -values.abs()
     histogram = histogram_of(values)
     low, high = values.min().item(), values.max().item()
     width = 2 * float(histogram.limit) / BINS
-    # one threshold for both signs, each of which has half of the levels
-    by_hand = divergences(values.abs().double().numpy(), width, levels // 2 if signs == "both" else levels)
+    # one threshold for both signs, each of which has half of the levels; on a symmetric grid, also for one sign
+    halved = symmetric or signs == "both"
+    by_hand = divergences(values.abs().double().numpy(), width, levels // 2 if halved else levels)
 
-    ends = entropy_range(histogram, low, high, levels=levels)
+    ends = entropy_range(histogram, low, high, levels=levels, symmetric=symmetric)
     limit = max(-ends[0], ends[1])
     assert ends == (max(min(low, 0.0), -limit), min(max(high, 0.0), limit))
     threshold = round(limit / width)
     assert limit == threshold * width
     assert threshold == min(by_hand, key=by_hand.__getitem__)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize(("quant_min", "quant_max"), [(0, 15), (-7, 7)])
+def test_entropy_counts_only_the_levels_that_one_sign_has_on_a_symmetric_grid(
+    quant_min: int, quant_max: int, sign: float
+) -> None:
+    values = torch.empty(20_000).exponential_(generator=torch.Generator().manual_seed(0)) * sign
+    ends = values.min().item(), values.max().item()
+    chosen = entropy_range(histogram_of(values), *ends, levels=quant_max - quant_min + 1, symmetric=True)
+    # An affine grid of 8 integers has the same integers for values of one sign.
+    assert chosen == entropy_range(histogram_of(values), *ends, levels=8, symmetric=False)
+    of_all = entropy_range(histogram_of(values), *ends, levels=16, symmetric=False)
+    assert error(values, *chosen, symmetric=True) < 0.85 * error(values, *of_all, symmetric=True)
 
 
 FEW = {
@@ -200,19 +219,21 @@ FEW = {
 @pytest.mark.parametrize("name", FEW)
 def test_entropy_keeps_all_of_few_values(name: str) -> None:
     values = FEW[name]
-    low, high = entropy_range(histogram_of(values), values.min().item(), values.max().item(), levels=256)
+    low, high = entropy_range(
+        histogram_of(values), values.min().item(), values.max().item(), levels=256, symmetric=False
+    )
     assert (low, high) == (min(values.min().item(), 0.0), max(values.max().item(), 0.0))
 
 
 def test_the_zeros_of_a_relu_do_not_decide_its_range() -> None:
     values = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).relu()
-    _, high = entropy_range(histogram_of(values), 0.0, values.max().item(), levels=256)
+    _, high = entropy_range(histogram_of(values), 0.0, values.max().item(), levels=256, symmetric=False)
     assert high > 0.8 * values.max()
 
 
 def test_entropy_of_a_uniform_distribution_keeps_it() -> None:
     values = torch.linspace(0, 1, 100_000)
-    low, high = entropy_range(histogram_of(values), 0.0, 1.0, levels=256)
+    low, high = entropy_range(histogram_of(values), 0.0, 1.0, levels=256, symmetric=False)
     assert low == 0.0
     assert high == pytest.approx(1.0, abs=0.02)
 
@@ -263,5 +284,44 @@ def test_settling_chooses_a_range_within_what_was_seen(source: str) -> None:
     assert not fq.seen
 
 
-def test_counts_move_to_a_device_and_keep_their_precision() -> None:
-    assert histogram_of(torch.ones(3)).to(torch.bfloat16).counts.dtype == torch.float64
+def test_counts_and_limit_move_to_a_device_and_keep_their_precision() -> None:
+    moved = histogram_of(torch.full((3,), LARGEST)).to(torch.bfloat16)
+    assert moved.counts.dtype == moved.limit.dtype == torch.float64
+    assert moved.limit == 2.0**128
+
+
+@given(st.lists(st.floats(-LARGEST, LARGEST, width=32), min_size=1, max_size=20), st.integers(0, 20))
+def test_histograms_hold_every_finite_float32_and_add_up(numbers: list[float], split: int) -> None:
+    values = torch.tensor(numbers)
+    values[values.abs() < 0.01] = 0.0  # divided by the width of the largest bins they would be subnormal
+    one = histogram_of(values[:split], values[split:])
+    largest = float(values.abs().max())
+    assert one.limit >= largest
+    assert one.limit / 2 < max(largest, 1e-30)
+    assert one.counts.sum() == len(numbers)
+    assert torch.equal(one.counts, histogram_of(values).counts)
+    assert one.centers().isfinite().all()
+
+
+def test_a_histogram_saved_with_a_float32_limit_goes_on_counting() -> None:
+    first, second = heavy_tailed(0), torch.tensor([-LARGEST, 3.0])
+    state = histogram_of(first).state_dict()
+    state["limit"] = state["limit"].float()  # as in checkpoints of releases before
+    resumed = Histogram()
+    resumed.load_state_dict(state)
+    assert resumed.limit.dtype == torch.float64
+    assert torch.equal(resumed.counts, histogram_of(first).counts)
+    resumed.observe(second)
+    assert resumed.limit == 2.0**128
+    assert torch.equal(resumed.counts, histogram_of(first, second).counts)
+
+
+@given(st.floats(-100, 100, width=32, allow_subnormal=False), st.floats(51, 99.99))
+def test_a_percentile_of_one_value_is_a_range_that_holds_it(value: float, percentile: float) -> None:
+    qscheme = torch.per_tensor_affine
+    limits = {"dtype": torch.uint8, "quant_min": 0, "quant_max": 255, "qscheme": qscheme}
+    fq = FakeQuantize(**limits, source="percentile", percentile=percentile)  # type: ignore[arg-type]
+    fq.observe(torch.full((9,), value))
+    fq.settle()
+    assert fq.seen
+    assert [float(end) for end in fq.range()] == [value, value]

@@ -29,6 +29,8 @@ SAMPLED = 2**16
 _RATIO, _TRIED = 0.87, 20
 """The search for the least error tries shares of the range, each 13 % smaller, down to 7 %; then around the best."""
 
+_LARGE = 2.0**50
+
 ChooseOfBatch = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Chooses a range from the histogram of a batch and its smallest and largest value."""
 
@@ -77,7 +79,9 @@ def batch_histogram(values: Tensor, low: Tensor, high: Tensor, relu: float | Non
     seen = sample(values)
     if relu is not None:
         seen = seen.clamp(0.0, relu)
-    bins = ((seen - low) * (BINS / (high - low))).nan_to_num(0.0).clamp(0, BINS - 1).long()
+    # Halves: the difference of values near float32's largest would overflow. Halving is exact.
+    bins = (seen / 2 - low / 2) * (BINS / (high / 2 - low / 2))
+    bins = bins.nan_to_num(0.0).clamp(0, BINS - 1).long()
     # Whole numbers in float32: the sum does not depend on the order.
     counts = torch.zeros(BINS, dtype=torch.float32, device=values.device)
     return counts.scatter_add_(0, bins, torch.ones_like(seen))
@@ -103,13 +107,12 @@ def percentile_of_batch(counts: Tensor, low: Tensor, high: Tensor, *, percentile
         True
     """
     total = counts.cumsum(0)
-    width = (high - low) / BINS
     ends = []
     for share, is_low in ((1.0 - percentile / 100.0, True), (percentile / 100.0, False)):
         wanted = (share * total[-1:]).contiguous()
         index = torch.searchsorted(total, wanted, right=is_low).clamp(max=BINS - 1)
         inside = 1.0 - (total[index] - wanted) / counts[index].clamp(min=1.0)
-        ends.append((low + (index + inside.clamp(0.0, 1.0)) * width).squeeze(0))
+        ends.append(_at(index + inside.clamp(0.0, 1.0), BINS, low, high).squeeze(0))
     return torch.maximum(ends[0], low), torch.minimum(ends[1], high)
 
 
@@ -137,9 +140,16 @@ def least_squares_of_histogram(
         >>> float(low), bool(high < 4)
         (0.0, True)
     """
+    # Squares of larger values would overflow.
+    unit = torch.maximum(-low, high).clamp(min=_LARGE) / _LARGE
+    at_low, at_high = _least_squares(counts, low / unit, high / unit, grid)
+    return at_low * unit, at_high * unit
+
+
+def _least_squares(counts: Tensor, low: Tensor, high: Tensor, grid: IntegerGrid) -> tuple[Tensor, Tensor]:
     # Merge pairs of bins: errors need fewer bins than percentiles do.
     counts = counts.reshape(-1, 2).sum(1)
-    middles = low + (torch.arange(BINS // 2, device=counts.device) + 0.5) * ((high - low) / (BINS // 2))
+    middles = _at(torch.arange(BINS // 2, device=counts.device) + 0.5, BINS // 2, low, high)
     shares = _RATIO ** torch.arange(_TRIED, device=counts.device)
     nearby = torch.linspace(0.94, 1.06, 5, device=counts.device)
 
@@ -161,3 +171,9 @@ def least_squares_of_histogram(
     _, at_high = best(at_low.expand_as(shares), high * shares)
     at_low, _ = best(low * shares, at_high.expand_as(shares))
     return best((at_low * nearby).clamp(min=low), (at_high * nearby).clamp(max=high))
+
+
+def _at(bins: Tensor, count: int, low: Tensor, high: Tensor) -> Tensor:
+    """The value that is ``bins`` bins above ``low``, where ``count`` bins reach from ``low`` to ``high``."""
+    low, high = low / 2, high / 2  # as in `batch_histogram`
+    return 2 * (low + bins * ((high - low) / count))

@@ -260,11 +260,13 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         low, high = smallest_and_largest(values.new_full((1,), torch.nan) if empty else values)
         if relu is not None:
             low, high = low.clamp(0.0, relu), high.clamp(0.0, relu)
-        finite = here = torch.isfinite(low) & torch.isfinite(high)
+        finite = here = (low > -torch.inf) & (high < torch.inf)
         self.nonfinite_batches.add_(~finite & (not empty))
+        largest = self.grid.largest
+        low, high = low.clamp(-largest, largest), high.clamp(-largest, largest)
         if reduce:
             low, high, finite = range_over_all(low, high, finite)
-        if self.histogram is not None and bool(finite):
+        if self.histogram is not None and bool(here):
             self.histogram.observe(values)
         if origin.choose_of_batch is not None:
             counts = batch_histogram(values, low, high, relu) * here
@@ -330,7 +332,8 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         Args:
             x: Values of any shape and floating dtype.
             factor: For a weight whose BatchNorm is folded: float32, shape ``(channels,)``, without gradient. ``x *
-                factor`` is rounded and divided by ``factor`` again; where it is 0 the result is ``x``.
+                factor`` is rounded and divided by ``factor`` again; where it is 0, or so small that dividing by it
+                overflows, the result is ``x``.
             axis: The channel dimension that ``factor`` belongs to.
             relu: Upper limit of a ReLU that is applied to ``x`` first (6 for ReLU6, inf for ReLU); None for no ReLU.
         """
@@ -369,7 +372,7 @@ class FakeQuantize(_TorchFakeQuantizeBase):
             scale, _ = self.calculate_qparams()
             return fake_quantize_folded(weight, factor, scale, axis=axis)
         factor = along(factor, weight, axis)
-        dead = factor == 0
+        dead = (1.0 / factor).isinf()
         folded = self.forward(weight.float() * factor)
         return torch.where(dead, weight.float(), folded / torch.where(dead, 1.0, factor)).to(weight.dtype)
 

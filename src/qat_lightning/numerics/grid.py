@@ -171,13 +171,13 @@ def fake_quantize_folded(weight: Tensor, factor: Tensor, scale: Tensor, *, axis:
     Args:
         weight: A weight of any floating dtype.
         factor: The factor by which BatchNorm folding multiplies each output channel, float32, shape ``(channels,)``.
-            Where it is 0, the result is the weight itself.
+            Where it is 0, or so small that dividing by it overflows, the result is the weight itself.
         scale: Scale of ``weight * factor``, float32, shape ``()`` or ``(channels,)``.
         axis: Dimension of the output channels.
     """
     factor, scale = along(factor, weight, axis), along(scale, weight, axis)
-    dead = factor == 0
-    unfold = scale / torch.where(dead, 1.0, factor)
+    unfold = scale / factor
+    dead = unfold.isinf()
     rounded: Tensor = RoundFolded.apply(weight.float(), factor, 1.0 / scale, unfold)  # type: ignore[no-untyped-call]
     if not is_near(weight) or bool(dead.any()):
         rounded = torch.where(dead, weight.float(), rounded)

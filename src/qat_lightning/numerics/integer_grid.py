@@ -52,6 +52,12 @@ class IntegerGrid:
         return self.ch_axis if self.per_channel else None
 
     @property
+    def largest(self) -> float:
+        """The end of the largest range: the integers of its grid, half a step or a step beyond it, are float32."""
+        half = max(1, (self.quant_max - self.quant_min) // 2)
+        return float(torch.finfo(torch.float32).max * half / (half + 2))
+
+    @property
     def storage_dtype(self) -> torch.dtype:
         """The quantized dtype of the same integers: ``torch.quint8`` or ``torch.qint8``."""
         return _STORAGE[self.dtype]

@@ -46,7 +46,7 @@ class LearnedStep(nn.Module):
     reaches 0, and never grows faster than in the paper, with any optimizer. A zero point is ``base_zero_point + rate *
     shift * (quant_max - quant_min)``. Gradients are scaled so that plain SGD moves the scale ``rate`` times as fast as
     in the papers, but never to 0: see `SLOWER_BELOW`. A scale is limited so that the largest value of the initial grid
-    is still rounded to an integer other than 0.
+    is still rounded to an integer other than 0, and a zero point to the grid.
 
     Args:
         channels: Number of scales; None for a single one of shape ``()``.
@@ -128,16 +128,16 @@ class LearnedStep(nn.Module):
 
     def _values(self, factor: float) -> tuple[Tensor, Tensor]:
         """Scale and zero point, with gradients scaled so that steps of plain SGD are those of LSQ."""
-        u = self.rate * _limited(
-            self.log_ratio, factor / (self._slope().square() * self.rate), self._most() / self.rate
-        )
+        scaled, most = factor / (self._slope().square() * self.rate), self._most() / self.rate
+        u = self.rate * _limited(self.log_ratio, scaled, torch.full_like(most, -torch.inf), most)
         scale = self.base_scale * torch.where(u < 0, u.clamp(max=0.0).exp(), 1.0 + u)
         zero_point = self.base_zero_point
         if self.shift is not None:
             steps = self.rate * float(self.quant_max - self.quant_min)
             scaled = factor * self.rate / (self._slope().square() * steps**2)
-            zero_point = zero_point + steps * _limited(self.shift, scaled, torch.full_like(self.shift, torch.inf))
-        return scale.clamp(min=EPS), zero_point.clamp(self.quant_min, self.quant_max)
+            least, most = ((end - zero_point) / steps for end in (self.quant_min, self.quant_max))
+            zero_point = zero_point + steps * _limited(self.shift, scaled, least, most)
+        return scale.clamp(min=EPS), zero_point
 
     def _slope(self) -> Tensor:
         """Derivative of the scale with respect to ``u``; bounded from below at `SLOWER_BELOW`.
@@ -169,20 +169,22 @@ class LearnedStep(nn.Module):
                 self.learning.fill_(_FORM)
 
 
-def _limited(x: Tensor, factor: Tensor, most: Tensor) -> Tensor:
-    result: Tensor = _Limited.apply(x, factor, most)  # type: ignore[no-untyped-call]
+def _limited(x: Tensor, factor: Tensor, least: Tensor, most: Tensor) -> Tensor:
+    result: Tensor = _Limited.apply(x, factor, least, most)  # type: ignore[no-untyped-call]
     return result
 
 
 class _Limited(torch.autograd.Function):
-    """A parameter clamped to its upper limit, with a scaled gradient that never pushes it beyond the limit."""
+    """A parameter clamped to its limits, with a scaled gradient that never pushes it beyond them but pulls it back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor, most: Tensor) -> Tensor:
-        ctx.save_for_backward(x, factor, most)
-        return torch.minimum(x, most)
+    def forward(ctx: Any, x: Tensor, factor: Tensor, least: Tensor, most: Tensor) -> Tensor:
+        ctx.save_for_backward(x, factor, least, most)
+        return torch.clamp(x, least, most)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, factor, most = ctx.saved_tensors
-        return torch.where((x >= most) & (gradient < 0), 0.0, gradient * factor), None, None
+        x, factor, least, most = ctx.saved_tensors
+        pushed = ((x >= most) & (gradient < 0)) | ((x <= least) & (gradient > 0))
+        # The factor of a scale whose square overflows is 0, and its gradient may be infinite: it stays where it is.
+        return torch.where(pushed | (factor == 0), 0.0, gradient * factor), None, None, None

@@ -28,7 +28,8 @@ class Histogram(nn.Module):
 
     Attributes:
         counts: float64 buffer of shape ``(BINS,)``.
-        limit: float32 buffer of shape ``()``: bins cover ``[-limit, limit]``; 0 before the first value.
+        limit: float64 buffer of shape ``()``: bins cover ``[-limit, limit]``; 0 before the first value. The power of
+            two above float32's largest values is not a float32.
 
     Example:
         >>> histogram = Histogram()
@@ -43,7 +44,7 @@ class Histogram(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("counts", torch.zeros(BINS, dtype=torch.float64))
-        self.register_buffer("limit", torch.zeros(()))
+        self.register_buffer("limit", torch.zeros((), dtype=torch.float64))
 
     @torch.no_grad()
     def observe(self, values: Tensor) -> None:
@@ -63,7 +64,7 @@ class Histogram(nn.Module):
         self.counts.add_(counted.to(self.counts))  # type: ignore[union-attr]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Histogram:
-        """Move to another device; the counts stay float64 in any precision of the network."""
+        """Move to another device; counts and limit stay float64 in any precision of the network."""
         move_only(self, fn)
         return self
 
@@ -184,7 +185,9 @@ def least_squares_range(
     return at_low, at_high
 
 
-def entropy_range(histogram: Histogram, low: float, high: float, *, levels: int) -> tuple[float, float]:
+def entropy_range(
+    histogram: Histogram, low: float, high: float, *, levels: int, symmetric: bool
+) -> tuple[float, float]:
     """The range whose quantized distribution is closest to that of the values, by Kullback-Leibler divergence.
 
     For each threshold the values beyond it are counted at the threshold, and the bins below it are merged into
@@ -197,6 +200,7 @@ def entropy_range(histogram: Histogram, low: float, high: float, *, levels: int)
         low: Smallest value seen.
         high: Largest value seen.
         levels: Number of integers of the grid.
+        symmetric: Whether the zero point is in the middle of the grid: values of one sign then have half of them.
 
     Returns:
         Smallest and largest value to represent.
@@ -208,6 +212,9 @@ def entropy_range(histogram: Histogram, low: float, high: float, *, levels: int)
         sides = counts[half:] if low >= 0 else counts[:half].flip(0)
     else:
         sides = counts[half:] + counts[:half].flip(0)
+    if symmetric:
+        levels = (levels + 1) // 2
+    elif not one_sided:
         levels = levels // 2
     last = int(sides.nonzero().max()) + 1 if sides.any() else 1
     sides = sides[:last].clone()

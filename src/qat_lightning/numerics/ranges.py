@@ -203,9 +203,11 @@ class ObservedRange:
     ) -> tuple[Tensor, Tensor]:
         weight = (9.0 / (batches + 10)).clamp(min=constant)
         first = batches == 0
-        average_low = torch.where(first, low, before_low + weight * (low - before_low))
-        average_high = torch.where(first, high, before_high + weight * (high - before_high))
-        return average_low, average_high
+        # Halves: the difference of values near float32's largest would overflow. Halving and doubling is exact.
+        low_half, high_half = before_low / 2, before_high / 2
+        average_low = 2 * (low_half + weight * (low / 2 - low_half))
+        average_high = 2 * (high_half + weight * (high / 2 - high_half))
+        return torch.where(first, low, average_low), torch.where(first, high, average_high)
 
     def settle(self, kept: Kept, histogram: Histogram) -> None:
         """Choose the range from the histogram of all batches."""
@@ -243,7 +245,7 @@ def range_of(
     least, most = grid.quant_min, grid.quant_max
     choose: dict[RangeSource, Choose] = {
         "percentile": partial(_within_percentile, percentile=percentile),
-        "histogram_kl": partial(entropy_range, levels=most - least + 1),
+        "histogram_kl": partial(entropy_range, levels=most - least + 1, symmetric=grid.symmetric),
         "histogram_mse": partial(
             least_squares_range, symmetric=grid.symmetric, quant_min=grid.quant_min, quant_max=grid.quant_max
         ),
@@ -297,5 +299,6 @@ def least_squares_of_batch(
 
 
 def _within_percentile(histogram: Histogram, low: float, high: float, percentile: float) -> tuple[float, float]:
-    inner = percentile_range(histogram, percentile)
-    return max(low, inner[0]), min(high, inner[1])
+    # Within a bin at an end of the range, both may lie beyond it.
+    inner_low, inner_high = (min(max(end, low), high) for end in percentile_range(histogram, percentile))
+    return inner_low, inner_high

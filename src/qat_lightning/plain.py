@@ -7,13 +7,14 @@ import warnings
 from torch import nn
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
-from qat_lightning.export.plain_tensors import in_its_runtime
+from qat_lightning.export.conversion import int8_of
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.training_flags import parts_keep_training
 from qat_lightning.modes.layer_schemes import check_overrides_of
 from qat_lightning.modes.left_float import leaving_float
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.modes.registry import mode_for
-from qat_lightning.rehearsal.faults import convert_what_can_be, quantize_what_can_be
+from qat_lightning.rehearsal.faults import quantize_what_can_be
 from qat_lightning.settings.recipe import Recipe
 
 
@@ -48,7 +49,8 @@ def prepare(network: nn.Module, example: Example, recipe: Recipe) -> nn.Module:
         torch.Size([16, 4])
     """
     check_overrides_of({"": network}, recipe)
-    return mode_for(recipe).prepare(network, example, recipe)
+    with parts_keep_training(network) as keep:
+        return keep(mode_for(recipe).prepare(network, example, recipe))
 
 
 def convert(prepared: nn.Module, example: Example) -> QuantizedNetwork:
@@ -65,11 +67,8 @@ def convert(prepared: nn.Module, example: Example) -> QuantizedNetwork:
         ConversionError: No range was observed, or conversion fails even with all layers float.
         NetworkError: No layer can be int8.
     """
-    conversion = convert_what_can_be(prepared, example)
-    state = prepared_state(prepared)
-    _warn_of_detour(state.recipe)
-    recipe = leaving_float(state.recipe, state.left_float, state.prefix)
-    return in_its_runtime(QuantizedNetwork(conversion.converted, recipe, example, source="convert"))
+    _warn_of_detour(prepared_state(prepared).recipe)
+    return int8_of(prepared, example, "convert")
 
 
 def quantize(network: nn.Module, example: Example, recipe: Recipe) -> QuantizedNetwork:

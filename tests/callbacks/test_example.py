@@ -50,3 +50,17 @@ def test_for_several_networks() -> None:
     assert list(examples_from_user({"a": X}, ["net"])["net"].kwargs) == ["a"]
     with pytest.raises(NetworkError, match=r"\['a'\].*'a', 'b'"):
         examples_from_user({"a": X}, ["a", "b"])
+
+
+def test_inputs_that_are_no_batch_stay_whole() -> None:
+    prototypes, batch, labels = torch.zeros(100, 8), torch.zeros(64, 8), torch.zeros(64)
+    kept = from_user((prototypes, batch, labels)).args
+    assert [len(one) for one in kept] == [100, MAX_BATCH, MAX_BATCH]
+    assert [len(one) for one in from_user((prototypes, batch)).args] == [100, 64], "which one is the batch is not known"
+
+
+def test_one_of_several_inputs_may_be_empty() -> None:
+    cache, x = torch.zeros(2, 0, 4), torch.zeros(2, 3)
+    assert [one.shape for one in from_user((cache, x)).args] == [cache.shape, x.shape]
+    with pytest.raises(NetworkError, match="on which a network cannot be prepared"):
+        from_user((cache, cache))

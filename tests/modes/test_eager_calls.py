@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +156,53 @@ def test_a_network_that_reads_its_own_output_rounds_it_to_the_grid_of_its_input(
         once, twice = prepared(x), prepared(prepared(x))
         assert torch.equal(prepared(once.clone()), twice), "whichever tensor holds the values"
         assert sqnr_db(network(network(x)), twice) > 30
+
+
+def test_threads_that_run_a_network_at_the_same_time_do_not_mix_up_their_calls() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again, self.last = nn.Linear(16, 16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.relu(self.again(3 * self.again(x))))
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 16)
+    network = converted(trained(Twice(), x, x), x).network
+    layer: Any = network.get_submodule("again")
+    second_waits, first_is_done = threading.Event(), threading.Event()
+
+    def wait(module: nn.Module, args: Any) -> None:
+        """Between the calls of one thread's pass, a whole pass of the other thread runs."""
+        if threading.current_thread() is not threading.main_thread():
+            second_waits.set()
+            assert first_is_done.wait(60)
+
+    wanted = network(x)
+    seen: list[tuple[float, int]] = []
+    layer.op.register_forward_pre_hook(lambda op, _: seen.append((op.scale, op.zero_point)))
+    layer.op.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(1) as other:
+        running = other.submit(network, x)
+        assert second_waits.wait(60)
+        here = network(x)
+        first_is_done.set()
+        there = running.result()
+    assert torch.equal(here, wanted)
+    assert torch.equal(there, wanted)
+    grids = [layer.grids(call)[2:] for call in range(2)]
+    assert seen[1:3] == grids, "of the pass that runs in between"
+    assert seen[0] == grids[0]
+    assert seen[3] == grids[1]
+
+
+def test_a_later_call_leaves_the_grid_of_the_op_as_it_is() -> None:
+    x = torch.randn(4, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+    network = converted(trained(Detector(), x, x), x).network
+    layer: Any = network.get_submodule("head.0")
+    first = layer.grids(0)[2:]
+    during: list[tuple[float, int]] = []
+    layer.op.register_forward_hook(lambda op, *_: during.append((layer.op.scale, layer.op.zero_point)))
+    network(x)
+    assert during == [first] * 3

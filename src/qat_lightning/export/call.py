@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qat_lightning.errors import ExportError
 from qat_lightning.export.completion import Completion
 from qat_lightning.export.protocol import Source
-from qat_lightning.graph.signature import batch_size, canonical, has_batch
+from qat_lightning.graph.signature import batch_size, canonical, given_parameters, has_batch
 
 TENSOR = object()
 """Placeholder for a tensor among the leaves of arguments or results."""
@@ -74,7 +74,8 @@ class Call:
         if self.completion is not None:
             args, kwargs = (), self.completion.call.arguments(args, kwargs)
         try:
-            leaves = self.in_spec.flatten_up_to(canonical(self.signature, args, kwargs))
+            given = given_parameters(self.signature, self.in_spec)
+            leaves = self.in_spec.flatten_up_to(canonical(self.signature, args, kwargs, given))
         except (TypeError, ValueError) as error:
             raise ExportError(
                 f"The network was exported with other arguments than it is called with: {error}"

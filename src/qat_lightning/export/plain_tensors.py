@@ -10,7 +10,7 @@ from torch import fx
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ConfigurationError, ExportError
 from qat_lightning.export.comparison import Comparison, problem
-from qat_lightning.export.program import in_plain_ops, of_two
+from qat_lightning.export.plain_ops import in_plain_ops, of_two
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.inference_call import InferenceCall, inference_call_between, inference_example
 from qat_lightning.graph.signature import CallSpec

@@ -13,13 +13,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ConfigurationError, QuantizationError, TraceError
+from qat_lightning.export.conversion import int8_of
+from qat_lightning.export.plain_ops import in_plain_ops, of_two
 from qat_lightning.export.spelling import Spelling
-from qat_lightning.graph.example import Example
+from qat_lightning.graph.example import Example, apart
 from qat_lightning.graph.signature import CallSpec, batch_size, dynamic_shapes, has_batch
 from qat_lightning.graph.training_flags import flags_kept
 from qat_lightning.modes.graph_network import GraphNetwork
-from qat_lightning.modes.prepared import cpu_copy, is_prepared, prepared_state
-from qat_lightning.modes.registry import mode_for
+from qat_lightning.modes.prepared import cpu_copy, is_prepared
 from qat_lightning.modes.source_lines import reason_of
 
 _GRAPH_MODES = "mode='fx' or mode='pt2e', which capture one path through the network"
@@ -66,27 +67,6 @@ def int8_program(network: nn.Module, example: Example | None = None, spell: Spel
     return _export(in_plain_ops(quantized, call, spell), call, name)
 
 
-def in_plain_ops(quantized: QuantizedNetwork, call: Example, spell: Spelling | None = None) -> nn.Module:
-    """Replace the packed kernels of a network of mode eager or fx by ops between quantize and dequantize ops.
-
-    Args:
-        quantized: The int8 network; not changed.
-        call: A real call, on which each op is compared with its kernel.
-        spell: See `int8_program`.
-
-    Raises:
-        ExportError: A kernel has no equivalent; the message names it.
-    """
-    inner, target = quantized.network, quantized.recipe.target
-    if isinstance(inner, GraphNetwork):
-        from qat_lightning.export.fx_program import fx_float_graph
-
-        return fx_float_graph(inner, call, target, spell)
-    from qat_lightning.export.eager_program import eager_float_network
-
-    return eager_float_network(inner, call, target, spell)
-
-
 def float_program(network: nn.Module, example: Example) -> ExportedProgram:
     """Convert a float network in evaluation mode to a graph of aten ops with a dynamic batch size.
 
@@ -127,9 +107,7 @@ def int8_network(network: nn.Module, example: Example | None) -> QuantizedNetwor
         )
     if example is None:
         raise ConfigurationError("A prepared network is converted first, which needs an example call: give example=.")
-    recipe = prepared_state(network).recipe
-    converted = mode_for(recipe).convert(cpu_copy(network), example)
-    return QuantizedNetwork(converted, recipe, example)
+    return int8_of(cpu_copy(network), example, "a prepared network")
 
 
 def _to_float32(value: Any) -> Any:
@@ -152,7 +130,7 @@ class _Called(nn.Module):
 
 @torch.no_grad()
 def _export(network: nn.Module, example: Example, name: str) -> ExportedProgram:
-    args, kwargs = of_two(example)
+    args, kwargs = of_two(apart(example))
     size = batch_size(Example(args, kwargs))
     signature = inspect.signature(network.forward)
     shapes = dynamic_shapes(signature, args, kwargs, size)
@@ -169,16 +147,6 @@ def _export(network: nn.Module, example: Example, name: str) -> ExportedProgram:
             ) from error
     _refuse_fixed_batch(program, (args, kwargs), size, name)
     return program
-
-
-def of_two(example: Example) -> tuple[Any, Any]:
-    """Return the arguments of a call with a batch size of at least 2, since export treats a size of 1 as constant."""
-
-    def twice(leaf: Any) -> Any:
-        return torch.cat([leaf, leaf]) if has_batch(leaf, 1) else leaf
-
-    arguments: tuple[Any, Any] = (example.args, example.kwargs)
-    return tree_map(twice, arguments) if batch_size(example) == 1 else arguments
 
 
 def _refuse_fixed_batch(program: ExportedProgram, arguments: Any, size: int | None, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -55,6 +56,22 @@ def samples_kept(values: int) -> int:
     return max(ENOUGH, min(MAX_BATCH, MAX_VALUES // max(1, values)))
 
 
+def apart(example: Example) -> Example:
+    """The same call with a tensor of its own for each input: export takes one given twice for a single input.
+
+    Example:
+        >>> x = torch.ones(2)
+        >>> one, other = apart(Example((x, x))).args
+        >>> one is other, torch.equal(one, other)
+        (False, True)
+    """
+
+    def own(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+    return Example(tree_map(own, example.args), tree_map(own, example.kwargs))
+
+
 def in_float32(example: Example) -> Example:
     """The example with all floating tensors in float32.
 
@@ -88,8 +105,9 @@ def from_user(example_inputs: Any) -> Example:
             f"example_inputs holds no tensor (it is a {type(example_inputs).__name__}): give one tensor, a tuple of "
             "the positional inputs, or a dict of the keyword inputs of the network's forward."
         )
+    empty = not any(tensor.numel() for tensor in tensors)
     for tensor in tensors:
-        if tensor.layout != torch.strided or tensor.is_meta or not tensors[0].numel():
+        if tensor.layout != torch.strided or tensor.is_meta or empty:
             raise NetworkError(
                 f"example_inputs holds {describe(tensor)}, on which a network cannot be prepared: give dense tensors "
                 "with values, of two samples or more."
@@ -187,8 +205,8 @@ def _tidy(example: Example) -> Example:
     """Detached copies on the CPU: `samples_kept`, spread over the batch, and at least 2 (a batch of 1 is doubled)."""
     look_into(example.args, example.kwargs)
     tensors = [leaf for leaf in tree_leaves((example.args, example.kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
-    sizes = {tensor.shape[0] for tensor in tensors}
-    batch = tensors[0].shape[0] if tensors else 0
+    counts = Counter(tensor.shape[0] for tensor in tensors)
+    batch = _majority(counts)
     kept = samples_kept(max((tensor[:1].numel() for tensor in tensors if tensor.shape[0] == batch), default=1))
     spread = [index * batch // kept for index in range(kept)] if batch > kept else list(range(batch))
 
@@ -198,11 +216,17 @@ def _tidy(example: Example) -> Example:
         leaf = leaf.detach().cpu().clone()
         if leaf.is_floating_point():
             leaf = leaf.float()
-        if leaf.dim() and leaf.shape[0] == batch and (len(sizes) == 1 or batch > 1):
+        if leaf.dim() and leaf.shape[0] == batch and (len(counts) == 1 or batch != 1):
             leaf = torch.cat([leaf, leaf]) if batch == 1 else leaf[spread]
         return leaf
 
     return Example(tree_map(tidy, example.args), tree_map(tidy, example.kwargs))
+
+
+def _majority(sizes: Counter[int]) -> int:
+    """The batch size: the first dimension of most tensors; -1 if as many have another one, so that nothing is cut."""
+    first = sizes.most_common(2)
+    return first[0][0] if first and (len(first) == 1 or first[0][1] > first[1][1]) else -1
 
 
 @contextmanager

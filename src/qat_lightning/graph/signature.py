@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import reprlib
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from qat_lightning.errors import NetworkError
 from qat_lightning.graph.example import Example
-from qat_lightning.graph.structures import look_into
+from qat_lightning.graph.structures import look_into, same
 
 BATCH = -1
 """Placeholder in a shape for the batch dimension, which may have any size."""
@@ -41,7 +43,7 @@ class CallSpec:
 
     Attributes:
         name: The network's class, for messages.
-        signature: Signature of its ``forward``.
+        signature: Signature of its ``forward``, kept without annotations, which need not pickle.
         in_spec: Structure of ``(args, kwargs)`` as returned by `canonical`.
         inputs: The leaves of that structure.
         out_spec: Structure of the result.
@@ -54,6 +56,11 @@ class CallSpec:
     inputs: tuple[Input, ...]
     out_spec: pytree.TreeSpec
     batch: int
+    _given: frozenset[str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "signature", without_annotations(self.signature))
+        object.__setattr__(self, "_given", given_parameters(self.signature, self.in_spec))
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The tensors of a call, in the order of the graph's inputs.
@@ -63,23 +70,28 @@ class CallSpec:
         """
         look_into(args, kwargs)
         try:
-            leaves = self._leaves(canonical(self.signature, args, kwargs))
+            leaves = self._leaves(canonical(self.signature, args, kwargs, self._given))
         except (TypeError, ValueError) as error:
-            raise NetworkError(
-                f"{self.name} was captured with the inputs {self.describe()}, and called with others: {error} Call it "
-                "with the same arguments, give example_inputs= that contain these, or use mode='eager', which needs no "
-                "graph."
-            ) from error
+            raise self._other_call(str(error)) from error
         tensors = []
         for leaf, expected in zip(leaves, self.inputs, strict=True):
             if expected.shape is None:
                 if isinstance(leaf, Tensor) or leaf != expected.value:
                     _refuse(self.name, expected.path, repr(expected.value), _describe(leaf))
                 continue
+            if leaf is None:
+                raise self._other_call(f"{expected.path} is missing.")
             if not isinstance(leaf, Tensor) or not _fits(leaf, expected.shape):
                 _refuse(self.name, expected.path, _shape(expected.shape), _describe(leaf))
             tensors.append(leaf)
         return tensors
+
+    def _other_call(self, reason: str) -> NetworkError:
+        return NetworkError(
+            f"{self.name} was captured with the inputs {self.describe()}, and called with others: {reason} Call it "
+            "with the same arguments, give example_inputs= that contain these, or use mode='eager', which needs no "
+            "graph."
+        )
 
     def _leaves(self, arguments: Any) -> list[Any]:
         found, spec = pytree.tree_flatten(arguments)
@@ -105,16 +117,48 @@ class CallSpec:
 
 
 def canonical(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], given: AbstractSet[str] | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Normalize a call: arguments are positional where that is possible.
 
+    Args:
+        signature: The signature of the function.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        given: The parameters that another call gives: those that this one omits get their defaults, and others that
+            have their defaults are left out.
+
     Example:
-        >>> canonical(inspect.signature(lambda x, y=1: None), (), {"y": 3, "x": 2})
-        ((2, 3), {})
+        >>> signature = inspect.signature(lambda x, y=1: None)
+        >>> canonical(signature, (), {"y": 3, "x": 2}), canonical(signature, (2, 1), {}, {"x"})
+        (((2, 3), {}), ((2,), {}))
     """
     bound = signature.bind(*args, **kwargs)
+    if given is not None and bound.arguments.keys() != given:
+        for name, parameter in signature.parameters.items():
+            if parameter.default is parameter.empty or parameter.default is ...:
+                continue  # a file has ... in place of a default that it cannot hold
+            if name in given:
+                bound.arguments.setdefault(name, parameter.default)
+            elif name in bound.arguments and same(parameter.default, bound.arguments[name], operator.is_):
+                del bound.arguments[name]
     return bound.args, bound.kwargs
+
+
+def given_parameters(signature: inspect.Signature, structure: pytree.TreeSpec) -> frozenset[str]:
+    """The parameters that a call gives.
+
+    Args:
+        signature: The signature of the function.
+        structure: The structure of ``(args, kwargs)``.
+    """
+    args, kwargs = pytree.tree_unflatten([None] * structure.num_leaves, structure)
+    return frozenset(signature.bind(*args, **kwargs).arguments)
+
+
+def without_annotations(signature: inspect.Signature) -> inspect.Signature:
+    """A signature with names, kinds and defaults alone."""
+    return inspect.Signature([one.replace(annotation=one.empty) for one in signature.parameters.values()])
 
 
 def batch_size(example: Example) -> int | None:

@@ -15,6 +15,7 @@ from torch.ao.nn.quantized.modules.utils import WeightedQuantizedModule
 
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.inputs import input_of
+from qat_lightning.modes.eager.observation import run_apart
 from qat_lightning.numerics.grid import EPS
 
 _LARGEST = 2.0**30
@@ -70,7 +71,7 @@ def hold_biases(network: nn.Module, example: Example) -> list[str]:
 
     hooks = [layer.register_forward_pre_hook(partial(note, name), with_kwargs=True) for name, layer in layers.items()]
     try:
-        network(*example.args, **example.kwargs)
+        run_apart(network, example)
     finally:
         for hook in hooks:
             hook.remove()

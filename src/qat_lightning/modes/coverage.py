@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from qat_lightning.graph.buffers import buffers_copied
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.eager.observation import function_name, run_apart
 from qat_lightning.modes.protocol import LayerCoverage
@@ -124,10 +125,11 @@ def flops_of(node: fx.Node, values: Mapping[str, Any], root: nn.Module) -> int:
         root: Holds the modules that the graph calls.
     """
     run = fx.Interpreter(root, graph=node.graph)
+    called = [root.get_submodule(str(node.target))] if node.op == "call_module" else []
 
     def count(context: AbstractContextManager[Any]) -> int:
         arguments = fx.node.map_arg((node.args, node.kwargs), lambda source: copy_of(values[source.name]))
-        with context, in_single_products(), counter() as counted:
+        with buffers_copied(*called), context, in_single_products(), counter() as counted:
             getattr(run, node.op)(node.target, *arguments)
         return int(counted.get_total_flops())
 

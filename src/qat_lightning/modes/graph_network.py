@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from qat_lightning.errors import NetworkError
 from qat_lightning.graph.given_sizes import GivenSizes
+from qat_lightning.graph.graph_inputs import GraphInputs
 from qat_lightning.graph.inference_call import InferenceCall
 from qat_lightning.graph.portable_graph import hold_graphs, release_graphs
 from qat_lightning.graph.training_flags import overrides_train, set_training_flags, training_flags
@@ -71,6 +73,22 @@ _EXTRA_STATE = "_extra_state"
 OtherSizes = Callable[["GraphNetwork", tuple[Any, ...], dict[str, Any]], Callable[..., Any]]
 """Given a network and a call of it, creates the network that runs inputs of that size."""
 
+MOST_SIZES = 8
+"""How many graphs for other sizes a network keeps: those that were used last."""
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A graph for another size.
+
+    Attributes:
+        run: Runs it.
+        constants: The names of buffers and modules that the network has for it alone.
+    """
+
+    run: Callable[..., Any]
+    constants: frozenset[str]
+
 
 class GraphNetwork(KeepsExtraState):
     """The prepared form of a network in the graph modes.
@@ -104,7 +122,10 @@ class GraphNetwork(KeepsExtraState):
 
     def set_graph(self, graph: fx.Graph) -> None:
         """Run another graph from now on."""
+        for made in self.__dict__.get("_made_for", {}).values():
+            self._drop(made)
         self.__dict__["graph"] = graph
+        self.__dict__["_graph_inputs"] = GraphInputs.of(graph)
         self.__dict__["_made_for"] = {}
         self.__dict__["_run_at_inference"] = None
         self.__dict__["_run"] = self._compile(graph)
@@ -123,6 +144,10 @@ class GraphNetwork(KeepsExtraState):
         run = self.__dict__["_run"]
         if torch.compiler.is_compiling():  # compiled steps are only used for inputs that fit
             return run(self, *args, **kwargs)
+        inputs: GraphInputs = self.__dict__["_graph_inputs"]
+        if inputs.others(args, kwargs):
+            raise NetworkError(self._other_inputs(args, kwargs))
+        kwargs = inputs.omitted(args, kwargs) | kwargs
         call = self.inference_call
         if call is not None and call.is_made_by(args, kwargs):
             run, args, kwargs = self._run_of(call), (), call.arguments(args, kwargs)
@@ -139,7 +164,8 @@ class GraphNetwork(KeepsExtraState):
 
     def _other_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Which inputs the network was traced with, if a call that failed has others; empty if it has these."""
-        return _other_inputs(self.graph, args, kwargs)
+        inputs: GraphInputs = self.__dict__["_graph_inputs"]
+        return inputs.refusal(args, kwargs)
 
     def _inference_graph(self, call: InferenceCall) -> fx.Graph:
         return call.graph_from(self.graph, makes_container)
@@ -159,6 +185,10 @@ class GraphNetwork(KeepsExtraState):
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the graph itself runs for a call, and not one of another form."""
+        inputs: GraphInputs = self.__dict__["_graph_inputs"]
+        if inputs.others(args, kwargs):
+            return False
+        kwargs = inputs.omitted(args, kwargs) | kwargs
         if self.inference_call is not None and self.inference_call.is_made_by(args, kwargs):
             return False
         return self.sizes is None or not self.sizes.others(args, kwargs)
@@ -177,11 +207,25 @@ class GraphNetwork(KeepsExtraState):
         make = self.__dict__.get("_other_sizes")
         if make is None:
             raise NetworkError(sizes.refusal(others))
-        made: dict[Any, Callable[..., Any]] = self.__dict__["_made_for"]
+        made: dict[Any, _Made] = self.__dict__["_made_for"]
         key = sizes.key(args, kwargs)
-        if key not in made:
-            made[key] = make(self, args, kwargs)
-        return made[key]
+        # The order is that of the last uses.
+        made[key] = made.pop(key) if key in made else self._make_for(make, args, kwargs)
+        while len(made) > MOST_SIZES:
+            self._drop(made.pop(next(iter(made))))
+        return made[key].run
+
+    def _make_for(self, make: OtherSizes, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Made:
+        before = self._buffers.keys() | self._modules.keys()
+        run = make(self, args, kwargs)
+        return _Made(run, frozenset(self._buffers.keys() | self._modules.keys()) - before)
+
+    def _drop(self, made: _Made) -> None:
+        """Remove the constants of a graph for another size."""
+        for name in made.constants:
+            self._buffers.pop(name, None)
+            self._modules.pop(name, None)
+            self._non_persistent_buffers_set.discard(name)
 
     def train(self, mode: bool = True) -> GraphNetwork:
         """Set the flags as the original network would, which may keep some of its parts in evaluation."""
@@ -203,9 +247,13 @@ class GraphNetwork(KeepsExtraState):
             return _borrow(self, state.float_network, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything except compiled functions, and graphs for other sizes, which are made again."""
-        made = ("_run", "_run_at_inference", "_made_for")
-        return hold_graphs({name: value for name, value in self.__dict__.items() if name not in made})
+        """Everything except what is made again: compiled functions, and graphs for other sizes with their constants."""
+        made = ("_run", "_run_at_inference", "_made_for", "_graph_inputs")
+        state = {name: value for name, value in self.__dict__.items() if name not in made}
+        constants = {name for made_for in self.__dict__["_made_for"].values() for name in made_for.constants}
+        for holder in ("_buffers", "_modules"):
+            state[holder] = {name: value for name, value in state[holder].items() if name not in constants}
+        return hold_graphs(state)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(release_graphs(state))  # type: ignore[no-untyped-call]
@@ -231,28 +279,6 @@ def compile_graph(graph: fx.Graph) -> Callable[..., Any]:
     exec(compile(code.src, "<graph of the prepared network>", "exec"), scope)
     function: Callable[..., Any] = scope["forward"]
     return function
-
-
-def _other_inputs(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Which inputs a graph was traced with, if a call has others; empty if it has these."""
-    placeholders = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
-    given = dict(zip(placeholders, args, strict=False)) | kwargs
-    called_with = [name for name, value in given.items() if value is not None]
-    missing = [name for name, node in placeholders.items() if node.users and name not in called_with]
-    unknown = [name for name in called_with if name not in placeholders]
-    if len(args) <= len(placeholders) and not missing and not unknown:
-        return ""
-    return (
-        f"The network was traced with the inputs {', '.join(placeholders)}, and is called with "
-        f"{', '.join(called_with) or 'none'}"
-        f"{f' and without {_names(missing)}' if missing else ''}"
-        f"{f', of which the trace knows no {_names(unknown)}' if unknown else ''}. Call it with the inputs of the "
-        "trace in every step, give example_inputs= with these inputs, or use mode='eager', which needs no graph."
-    )
-
-
-def _names(names: list[str]) -> str:
-    return " and ".join(names)
 
 
 def _borrow(network: nn.Module, original: nn.Module, name: str) -> Any:

@@ -11,13 +11,23 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
+from qat_lightning.graph.buffers import buffers_copied
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.relu_rounding import writes_in_place
 from qat_lightning.modes.judging import MARGIN_DB, decibels
 from qat_lightning.modes.whole import ENOUGH_DB, Disturbance
 
 
-class Recorder(fx.Interpreter):
+class RunsApart(fx.Interpreter):
+    """Runs a graph on copies of its module's buffers: each run begins with the same ones, and changes none."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph."""
+        with buffers_copied(self.module):
+            return super().run(*args, **kwargs)
+
+
+class Recorder(RunsApart):
     """Runs a graph with any module and records the value of each node, as it was before an in-place op changed it."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph) -> None:

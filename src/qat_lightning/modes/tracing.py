@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from qat_lightning.errors import TraceError
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.given_sizes import GivenSizes
+from qat_lightning.graph.graph_inputs import drop_checks, fixed_parameters, give_parameters
 from qat_lightning.graph.signature import one_sample
 from qat_lightning.graph.structures import same
 from qat_lightning.graph.training_flags import flags_kept
@@ -91,7 +92,8 @@ def trace(
 
     Args:
         network: The float network.
-        example: One call; parameters of ``forward`` that it omits are fixed to their defaults.
+        example: One call; parameters of ``forward`` that it omits are fixed to their defaults, and those that it gives
+            as None to None.
         leaves: Names of submodules to call as a whole instead of tracing through them.
         by_example: Treat ops that leave the example unchanged as dropout, as earlier releases did.
 
@@ -113,7 +115,7 @@ def trace(
     called = {str(node.target) for node in graph_module.graph.find_nodes(op="call_module")}
     for path in called & set(frozen):
         set_module(graph_module, path, frozen[path])
-    paths = [path for path in called if path in whole or path.startswith(BY_MODE)]
+    paths = [path for path in called if path in whole or path.rpartition(".")[2].startswith(BY_MODE)]
     mark_dropouts(traced, network, example, paths, by_example=by_example)
     one_module_a_call(graph_module)
     give_all_arguments(graph_module.graph)
@@ -306,6 +308,8 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 
 def _trace_once(network: nn.Module, example: Example, leaves: list[str], plan: Plan | None, *, train: bool) -> Traced:
+    signature = inspect.signature(network.forward)
+    fixed = fixed_parameters(signature, example)
     with (
         flags_kept(network),
         counting(network) as counted,
@@ -313,25 +317,26 @@ def _trace_once(network: nn.Module, example: Example, leaves: list[str], plan: P
     ):
         network.train(train)
         try:
-            tracer, graph = _graph(network, example, leaves, plan)
+            tracer, graph = _graph(network, example, leaves, plan, fixed)
         except CallAsWhole:
             raise
         except Checkpointed as error:
             raise loses_checkpoints(network, "fx", line_at_fault(error)) from None
         except Exception as error:
             raise _no_trace(network, error) from error
+    if plan is None:
+        drop_checks(graph, signature, fixed)
+    give_parameters(graph, signature, fixed)
     graph_module = fx.GraphModule(network, graph)
-    _drop_defaults(graph_module)
     give_operands_by_position(graph_module)
     drop_unread(graph_module.graph)
+    graph_module.recompile()
     return Traced(graph_module, tracer.node_name_to_scope, counted, fixed=getattr(tracer, "fixed", False))
 
 
 def _graph(
-    network: nn.Module, example: Example, leaves: list[str], plan: Plan | None
+    network: nn.Module, example: Example, leaves: list[str], plan: Plan | None, fixed: dict[str, Any]
 ) -> tuple[NetworkTracer, fx.Graph]:
-    fixed = _defaults_not_given(network, example)
-
     def tracer(*, buffers: bool) -> NetworkTracer:
         if plan is None:
             return NetworkTracer(leaves, buffers=buffers)
@@ -362,41 +367,6 @@ def _no_trace(network: nn.Module, error: Exception) -> TraceError:
         + (f" at {where}" if where else "")
         + f" ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). {WHAT_TO_DO}"
     )
-
-
-def _defaults_not_given(network: nn.Module, example: Example) -> dict[str, Any]:
-    parameters = list(inspect.signature(network.forward).parameters.values())
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    given = {p.name for p in positional[: len(example.args)]} | set(example.kwargs)
-    return {
-        p.name: p.default
-        for p in parameters
-        if p.name not in given
-        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        # Others, such as a tuple of sizes, are traced as they are.
-        and (p.default is None or isinstance(p.default, (bool, int, float, str)))
-    }
-
-
-def _drop_defaults(graph_module: fx.GraphModule) -> None:
-    """Remove the checks that tracing adds for a fixed parameter; `GraphNetwork` handles that parameter."""
-    for node in list(graph_module.graph.nodes):
-        if node.op == "call_function" and node.target is torch._assert and "specialized" in str(node.args[-1]):
-            compared = node.args[0]
-            graph_module.graph.erase_node(node)
-            if isinstance(compared, fx.Node) and not compared.users:
-                graph_module.graph.erase_node(compared)
-        elif node.op == "call_function" and getattr(node.target, "__name__", "") == "_assert_is_none":
-            graph_module.graph.erase_node(node)
-    for node in list(graph_module.graph.nodes):
-        if (
-            node.op == "placeholder"
-            and not node.users
-            and ("_" in node.target)
-            and node.target.rsplit("_", 1)[1] == "1"
-        ):
-            graph_module.graph.erase_node(node)
-    graph_module.recompile()
 
 
 def _other_way(network: nn.Module, parts: tuple[fx.Node | None, fx.Node | None]) -> TraceError:

@@ -30,6 +30,7 @@ from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.modes.recording import (
     Again,
     Recorder,
+    RunsApart,
     SeededRecorder,
     copies,
     copy_of,
@@ -108,7 +109,7 @@ def check_layers(
     return Checked(comparison.checks, whole, expected.values, integers)
 
 
-class _Comparison(fx.Interpreter):
+class _Comparison(RunsApart):
     """Runs an int8 graph, each op on exactly fake-quant's values, and compares the results."""
 
     def __init__(self, int8: GraphNetwork, alignment: Alignment, expected: SeededRecorder, target: Backend) -> None:

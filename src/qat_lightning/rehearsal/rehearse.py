@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from qat_lightning.artifact import artifact_bytes, quantized_from_bytes
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ArtifactError, ConversionError, NetworkError, QuantizationError
+from qat_lightning.graph.buffers import buffers_copied
 from qat_lightning.graph.example import Example, in_float32
 from qat_lightning.graph.scopes import join
 from qat_lightning.graph.training_flags import plain_train
@@ -26,6 +27,7 @@ from qat_lightning.modes.coverage import int8_share
 from qat_lightning.modes.left_float import leaving_float
 from qat_lightning.modes.precision import refuse_mixed
 from qat_lightning.modes.protocol import LayerCoverage
+from qat_lightning.modes.recording import same_random_numbers
 from qat_lightning.modes.registry import mode_for
 from qat_lightning.modes.upstream_memory import memory_given_back
 from qat_lightning.rehearsal.calibration import calibrate
@@ -192,8 +194,7 @@ def _why_unsaved(quantized: QuantizedNetwork, float_network: nn.Module) -> str:
 
 
 def _tensors(network: nn.Module, example: Example) -> list[torch.Tensor]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with same_random_numbers(), buffers_copied(network):
         result = network(*copy.deepcopy(example.args), **copy.deepcopy(example.kwargs))
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 

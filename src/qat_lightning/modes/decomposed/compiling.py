@@ -23,6 +23,7 @@ from qat_lightning.modes.decomposed.compile_apart import can_compile_apart, comp
 from qat_lightning.modes.decomposed.ops import DEQUANTIZE, QUANTIZE, main_op
 from qat_lightning.modes.decomposed.progress import said_while_it_lasts
 from qat_lightning.modes.judging import is_faulty
+from qat_lightning.modes.recording import RunsApart
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.backends import Backend
 
@@ -310,7 +311,7 @@ def check_kernels(decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Tens
     return comparison.checks
 
 
-class _Kernels(fx.Interpreter):
+class _Kernels(RunsApart):
     """Runs a decomposed graph with the integers of the compiled one wherever a tensor is quantized."""
 
     def __init__(self, graph_module: fx.GraphModule, integers: dict[str, Tensor]) -> None:

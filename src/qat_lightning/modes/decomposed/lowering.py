@@ -21,6 +21,7 @@ from qat_lightning.graph.scopes import scope_of
 from qat_lightning.modes.decomposed.ops import DEQUANTIZE, QUANTIZE
 from qat_lightning.modes.decomposed.plain import Behind, Grid, PlainLayer, dequantize, quantize
 from qat_lightning.modes.judging import is_faulty
+from qat_lightning.modes.recording import RunsApart
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.backends import Backend
 from qat_lightning.settings.engines import overflows
@@ -119,7 +120,7 @@ def _overwrite_unread_summands(lowered: fx.GraphModule) -> None:
         layer.behind = replace(layer.behind, copies=not (own and done and added is not node.args[0]))
 
 
-class _Comparison(fx.Interpreter):
+class _Comparison(RunsApart):
     """Runs a decomposed graph, and finds which candidates compute the same as the ops they replace.
 
     Args:

@@ -6,6 +6,7 @@ smallest. The weight and its grid are shared; a kernel gets the grids of input a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,10 +74,33 @@ def adapt_entries(head: nn.Module, state_dict: dict[str, Any], prefix: str) -> N
                 state_dict.setdefault(f"{prefix}{LATER}.{number}.{inner}", value)
 
 
-class CountsCalls:
-    """Counts the calls of a layer within a forward pass of the network; outside of one, every call is the first."""
+class _Here(threading.local):
+    """The calls so far of the layers whose network runs in this thread."""
 
-    calls_so_far: int | None
+    def __init__(self) -> None:
+        self.calls: dict[CountsCalls, int] = {}
+
+
+_here = _Here()
+
+
+class CountsCalls:
+    """Counts the calls of a layer within a forward pass of the network; outside of one, every call is the first.
+
+    Each thread counts on its own: several of them may run an int8 network at the same time.
+    """
+
+    @property
+    def calls_so_far(self) -> int | None:
+        """The number of calls in the forward pass of this thread; None outside of one."""
+        return _here.calls.get(self)
+
+    @calls_so_far.setter
+    def calls_so_far(self, calls: int | None) -> None:
+        if calls is None:
+            _here.calls.pop(self, None)
+        else:
+            _here.calls[self] = calls
 
     def begin_forward(self, within: bool) -> None:
         """Start counting at the begin of a forward pass, or stop at its end."""
@@ -84,11 +108,10 @@ class CountsCalls:
 
     def next_call(self, known: int) -> int:
         """The index of the coming call; calls beyond those with grids count as the last one with grids."""
-        if self.calls_so_far is None or known <= 1:
+        if known <= 1 or (so_far := self.calls_so_far) is None:
             return 0
-        number = min(self.calls_so_far, known - 1)
-        self.calls_so_far += 1
-        return number
+        self.calls_so_far = so_far + 1
+        return min(so_far, known - 1)
 
 
 def count_in(network: nn.Module) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from qat_lightning.checks import LayerCheck, WholeCheck
+from qat_lightning.graph.buffers import buffers_copied
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.eager.int8 import Int8Layer, Int8Tensor
 from qat_lightning.modes.eager.layers import ChainHead, Tap
@@ -75,9 +76,9 @@ def check_layers(
 
 @torch.no_grad()
 def run(network: nn.Module, example: Example, disturb: Callable[[Any], Any] = lambda value: value) -> Any:
-    """Run in float32 on copies of the inputs, which a forward may change in place."""
+    """Run in float32 on copies of the inputs and buffers, which a forward may change in place."""
     args, kwargs = tree_map(lambda value: disturb(_float_copy(value)), (example.args, example.kwargs))
-    with same_random_numbers():
+    with same_random_numbers(), buffers_copied(network):
         return network(*args, **kwargs)
 
 

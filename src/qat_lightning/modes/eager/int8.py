@@ -199,7 +199,7 @@ class Int8Layer(CountsCalls, nn.Module):
         may_change: Names of attributes that may change after conversion; the others describe what was packed.
     """
 
-    may_change: ClassVar[tuple[str, ...]] = ("calls_so_far",)
+    may_change: ClassVar[tuple[str, ...]] = ()
     op: Any
     input_scale: Tensor
     input_zero_point: Tensor
@@ -230,19 +230,10 @@ class Int8Layer(CountsCalls, nn.Module):
 
     def run(self, quantized: Tensor, call: int = 0) -> Tensor:
         """Run only the kernel, on and to a quantized tensor, with the output grid of a call."""
-        if call == 0:
-            return self._run(quantized)
-        first = self.op.scale, self.op.zero_point
-        self.op.scale, self.op.zero_point = self.grids(call)[2:]
-        try:
-            return self._run(quantized)
-        finally:
-            self.op.scale, self.op.zero_point = first
-
-    def _run(self, quantized: Tensor) -> Tensor:
+        op = self.op if call == 0 else _on_another_grid(self.op, *self.grids(call)[2:])
         rank = max(2, quantized.dim()) if self.chain.kind == "Linear" else 2 + int(self.chain.kind[-2])
         single = quantized.dim() == rank - 1
-        output: Tensor = self.op(quantized.unsqueeze(0) if single else quantized)
+        output: Tensor = op(quantized.unsqueeze(0) if single else quantized)
         if self.chain.limit is not None:
             output = self._limited(output, self.chain.limit)
         if self.subpixel is not None:
@@ -287,6 +278,13 @@ class Int8Layer(CountsCalls, nn.Module):
     def extra_repr(self) -> str:
         """The chain."""
         return " → ".join((self.chain.kind, *self.chain.links))
+
+
+def _on_another_grid(op: Any, scale: float, zero_point: int) -> Any:
+    """The same op with another grid of its output, on the same packed weight; other threads may be using ``op``."""
+    other = object.__new__(type(op))
+    other.__dict__.update(op.__dict__, scale=scale, zero_point=zero_point)
+    return other
 
 
 def _memory_format_of(x: Tensor) -> torch.memory_format:

@@ -178,6 +178,7 @@ class ChainHead(CountsCalls, _Layer):
     grid_of: tuple[ChainHead, ...]
     taps: list[Tap] | None
     number = 0  # its own grids are those of the first call
+    calls_so_far: int | None = None  # an attribute, on which compiled steps can guard: one thread trains
 
     @property
     def course(self) -> Course:

@@ -61,7 +61,6 @@ def make_int8(modules: dict[str, nn.Module], chain: Chain, activation_dtype: tor
         elif type(link) in _LINKS:
             become(link, _LINKS[type(link)], link=name)
     assert isinstance(head, Int8Layer)
-    head.begin_forward(False)
     return head
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection
 
+import torch
 from torch import fx, nn
 
 from qat_lightning.errors import ConversionError, NetworkError
@@ -84,11 +85,15 @@ from qat_lightning.numerics.recomputation import keep_tapes
 from qat_lightning.settings.engines import engine_here, packing_engine
 from qat_lightning.settings.recipe import Recipe
 
+_random_state_kept = torch.random.fork_rng(devices=[])
+"""Upstream creates layers, whose initial weights draw random numbers."""
+
 
 class FxMode:
     """`Mode` for ``mode="fx"``."""
 
     @nothing_remembered()
+    @_random_state_kept
     def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> GraphNetwork:
         """See `Mode.prepare`."""
         refuse_other_quantization(network)
@@ -162,6 +167,7 @@ class FxMode:
         return result
 
     @nothing_remembered()
+    @_random_state_kept
     def convert(self, prepared: nn.Module, example: Example) -> Converted:
         """See `Mode.convert`."""
         state = prepared_state(prepared)

@@ -23,6 +23,7 @@ from qat_lightning.modes.fx.operands import put_larger_first
 from qat_lightning.modes.graph_network import GraphNetwork
 from qat_lightning.modes.late_writes import late_write, late_write_error
 from qat_lightning.modes.places import op_name
+from qat_lightning.modes.recording import RunsApart
 from qat_lightning.modes.shared_range import SharedRange, UnionObserver
 from qat_lightning.modes.verify import Recorder, example_values
 from qat_lightning.numerics.fake_quantize import FakeQuantize
@@ -93,7 +94,7 @@ def refuse_late_writes(prepared: fx.GraphModule, network: nn.Module, example: Ex
         raise TraceError(late_write_error("fx", type(network).__name__, rounded.name, name))
 
 
-class _Memory(fx.Interpreter):
+class _Memory(RunsApart):
     """Runs a graph and records where the memory of each value begins."""
 
     def run(self, *args: Any, **kwargs: Any) -> Any:

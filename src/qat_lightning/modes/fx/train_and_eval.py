@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.scopes import join
 from qat_lightning.graph.training_flags import evaluating
 from qat_lightning.layers.mode_layers import GIVEN, ByMode, DropoutLike
 from qat_lightning.layers.operators import rows
 from qat_lightning.modes.fx.tracer import Traced, holds_no_layer
 from qat_lightning.modes.graph_network import GraphNetwork
-from qat_lightning.modes.verify import example_values
+from qat_lightning.modes.recording import RunsApart, example_values
 
 DROPOUTS: dict[Any, type[nn.Module]] = {
     function: row.modules[0] for row in rows("dropout") for function in row.functions
@@ -71,8 +73,10 @@ def flags_by_mode(training: Traced, evaluation: Traced) -> None:
         if _same(*ways):
             continue
         dropout = _dropout(node, other)
-        path = _fresh(traced.graph_module, BY_MODE if dropout is None else "_functional_dropout")
-        traced.graph_module.add_module(path, dropout or ByMode(node.target, *ways))
+        # In the module that calls it, which may be kept in evaluation while the network trains.
+        scope, _ = traced.scopes.get(node.name, ("", None))
+        path = _fresh(traced.graph_module, join(scope, BY_MODE if dropout is None else "_functional_dropout"))
+        traced.graph_module.add_submodule(path, dropout or ByMode(node.target, *ways))
         replace_node(traced, node, path, tuple(_nodes((node.args, node.kwargs))))
 
 
@@ -87,7 +91,8 @@ def call_as_in_evaluation(network: GraphNetwork) -> None:
                 made = network.graph.create_node(op, module.function, args, kwargs, name=node.name)
             node.replace_all_uses_with(made)
             network.graph.erase_node(node)
-            network._modules.pop(str(node.target), None)
+            parent, _, name = str(node.target).rpartition(".")
+            network.get_submodule(parent)._modules.pop(name, None)
     network.set_graph(network.graph)
 
 
@@ -131,7 +136,7 @@ def mark_dropouts(
             set_module(root, path, DropoutLike(inner).train(inner.training))
 
 
-class _Compared(fx.Interpreter):
+class _Compared(RunsApart):
     """Runs a graph, and records which modules return their single input tensor."""
 
     def __init__(self, root: fx.GraphModule, *, by_example: bool) -> None:
@@ -193,10 +198,8 @@ def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _fresh(root: nn.Module, name: str) -> str:
-    number = 0
-    while hasattr(root, f"{name}_{number}"):
-        number += 1
-    return f"{name}_{number}"
+    taken = {*dict(root.named_modules()), *dict(root.named_parameters()), *dict(root.named_buffers()), *vars(root)}
+    return next(found for number in itertools.count() if (found := f"{name}_{number}") not in taken)
 
 
 def _with_places(arguments: Any) -> Any:

@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from qat_lightning.checks import LayerCheck, WholeCheck
+from qat_lightning.graph.buffers import buffers_copied
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.eager.check import run
 from qat_lightning.modes.judging import Names
@@ -96,7 +97,9 @@ class _Comparison:
     def _error(self, name: str, call: Call) -> list[Any]:
         """By how much the outputs of an int8 part differ, given fake-quant's inputs."""
         (args, kwargs), wanted = call
-        got = self.int8.get_submodule(name)(*copies(args), **copies(kwargs))
+        part = self.int8.get_submodule(name)
+        with buffers_copied(part):
+            got = part(*copies(args), **copies(kwargs))
         return [_difference(one, other) for one, other in zip(_leaves(got), _leaves(wanted), strict=True)]
 
 

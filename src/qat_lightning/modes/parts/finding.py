@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from qat_lightning.errors import ConfigurationError, MissingExtraError
+from qat_lightning.graph.buffers import buffers_copied
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.eager.observation import run_apart
 from qat_lightning.modes.prepared import copy_of_modules
@@ -138,7 +139,8 @@ def _needed_beside_forward(network: nn.Module, name: str, count: int, example: E
     sealed = _Sealed(part)
     replace_modules(copied, {part: sealed})
     try:
-        got = run_apart(copied, example)
+        with buffers_copied(part):
+            got = run_apart(copied, example)
     except Exception as error:  # noqa: BLE001 - code that does not find what it needs may fail in any way
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__

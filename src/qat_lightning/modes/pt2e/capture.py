@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.fx.graph import CodeGen
 
 from qat_lightning.errors import TraceError
-from qat_lightning.graph.example import Example
+from qat_lightning.graph.example import Example, apart
 from qat_lightning.graph.inference_call import InferenceCall, inference_call
 from qat_lightning.graph.signature import (
     BATCH,
@@ -67,6 +67,7 @@ def capture(
         TraceError: It cannot be exported, or only for one batch size, or it behaves differently in evaluation.
     """
     look_into(example.args, example.kwargs)
+    example = apart(example)
     size = batch_size(example)
     signature = inspect.signature(network.forward)
     args, kwargs = canonical(signature, example.args, example.kwargs)

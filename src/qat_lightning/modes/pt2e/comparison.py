@@ -17,7 +17,16 @@ from qat_lightning.modes.judging import MIDDLE, Grid, Names, beyond_rounding, de
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.modes.pt2e.network import ExportedNetwork
 from qat_lightning.modes.pt2e.training import Plan
-from qat_lightning.modes.recording import Again, SeededRecorder, copies, copy_of, feeding, same_random_numbers, seed
+from qat_lightning.modes.recording import (
+    Again,
+    RunsApart,
+    SeededRecorder,
+    copies,
+    copy_of,
+    feeding,
+    same_random_numbers,
+    seed,
+)
 from qat_lightning.modes.verify import Checked
 from qat_lightning.modes.whole import DRAWS, Disturbance, check_whole, is_right, raise_if_wrong
 from qat_lightning.settings.backends import Backend
@@ -73,7 +82,7 @@ def check_layers(
     return Checked(comparison.checks, whole, expected.values, {})
 
 
-class _Comparison(fx.Interpreter):
+class _Comparison(RunsApart):
     """Runs a decomposed graph, each op on exactly fake-quant's values, and compares the results."""
 
     def __init__(

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
 from qat_lightning.errors import ConversionError
+from qat_lightning.graph.buffers import buffers_copied
 from qat_lightning.graph.scopes import scope_of
 from qat_lightning.layers.batchnorm import fold_factor, folded_bias, folded_weight, for_each_row
 from qat_lightning.layers.qat_modules import round_for_good
@@ -265,7 +266,8 @@ def _upstream_convert(graph_module: fx.GraphModule) -> Any:
         for step in (upstream.DuplicateDQPass(), upstream.PortNodeMetaForQDQ()):
             converted = PassManager([step])(converted).graph_module
         _read_once(converted.graph)
-        upstream.constant_fold(converted, upstream._quant_node_constraint)
+        with buffers_copied(converted):  # upstream runs every node that takes constants, also those that write to one
+            upstream.constant_fold(converted, upstream._quant_node_constraint)
     return converted
 
 

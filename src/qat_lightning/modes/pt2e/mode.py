@@ -11,6 +11,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from qat_lightning.errors import TraceError
 from qat_lightning.graph.example import Example, in_float32
 from qat_lightning.graph.signature import CallSpec
+from qat_lightning.graph.training_flags import set_training_flags, training_flags
 from qat_lightning.modes.captured_once import captured
 from qat_lightning.modes.checkpointing import refuse_checkpoints
 from qat_lightning.modes.coverage import float_run, layers_with_macs, report
@@ -75,7 +76,7 @@ class Pt2eMode:
         graph_module, spec = captured_with(example)
         at_inference = captured_inference(graph_module.graph, network, example, captured_with)
         prepared, folded = insert_fake_quantize(graph_module, recipe, prefix=prefix, name=spec.name)
-        flags = {name: module.training for name, module in network.named_modules()}
+        flags = training_flags(network)
         root = adopt(network, prepared)
         plan = Plan(copy.deepcopy(prepared.graph), dict(prepared.meta), folded, {}, spec)
         plan.weights = weight_quantizers(root, plan.graph)
@@ -89,8 +90,7 @@ class Pt2eMode:
         follow_course(result)
         follow_checkpoints(result)
         result.keep_extra_state_of(float_network)
-        for name, module in result.named_modules():
-            module.training = flags.get(name, flags[""])
+        set_training_flags(result, flags)
         refuse_other_results(
             result,
             float_network,

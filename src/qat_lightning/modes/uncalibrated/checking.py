@@ -14,10 +14,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.checks import LayerCheck, WholeCheck
 from qat_lightning.errors import ConversionError, NetworkError
+from qat_lightning.graph.buffers import buffers_copied
 from qat_lightning.graph.example import Example, running_its_example
 from qat_lightning.layers.integer import IntegerLayer
 from qat_lightning.modes.judging import Names, decibels, raise_if_faulty
 from qat_lightning.modes.protocol import LayerCoverage
+from qat_lightning.modes.recording import same_random_numbers
 from qat_lightning.modes.whole import DRAWS, Disturbance, check_whole, is_right, raise_if_wrong
 from qat_lightning.numerics.dynamic_fake_quantize import disturbed_roundings
 from qat_lightning.numerics.sqnr import sqnr_db
@@ -88,11 +90,16 @@ def run_integer(network: nn.Module, example: Example) -> tuple[Any, list[Call]]:
 
 @torch.no_grad()
 def run(network: nn.Module, example: Example) -> Any:
-    """Run on copies of the inputs, which a forward may change in place; the random state is unchanged."""
-    args, kwargs = tree_map(_copied, (example.args, example.kwargs))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    """Run on copies of the inputs and buffers, which a forward may change in place; the random state is unchanged."""
+    args, kwargs = inputs_of(example)
+    with same_random_numbers(), buffers_copied(network):
         return network(*args, **kwargs)
+
+
+def inputs_of(example: Example) -> tuple[Any, Any]:
+    """Copies of the inputs of a call, on the CPU and in float32."""
+    copied: tuple[Any, Any] = tree_map(_copied, (example.args, example.kwargs))
+    return copied
 
 
 @contextmanager

@@ -168,7 +168,7 @@ def _replace_function(graph_module: fx.GraphModule, node: fx.Node, recipe: Recip
     arguments = _linear_arguments(node)
     weight = _value(graph_module, arguments["weight"])
     bias = None if arguments.get("bias") is None else _value(graph_module, arguments["bias"])
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")  # draws no random numbers
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias, requires_grad=False)

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from qat_lightning.checks import LayerCheck, WholeCheck
 from qat_lightning.errors import ConversionError
+from qat_lightning.graph.buffers import buffers_copied
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.scopes import join, scope_of
 from qat_lightning.graph.signature import CallSpec
@@ -40,9 +41,9 @@ from qat_lightning.modes.pt2e.convert import evaluate, tidy
 from qat_lightning.modes.uncalibrated.checking import (
     EXACT,
     end_to_end,
+    inputs_of,
     plain_attention,
     refuse_nothing,
-    run,
     run_float,
     sqnr_of,
 )
@@ -90,11 +91,12 @@ def quantize_pt2e(
     graph_module.recompile()
     decomposed = tidy(graph_module)
     integer = Int8Network(decomposed, spec, recipe.backend, inference_call=at_inference)
-    tensors = spec.flatten(*_copies(example))
+    tensors = spec.flatten(*inputs_of(example))
     try:
         names = Names(prefix, {name for name, _ in original.named_modules()})
         checks = _check(decomposed, tensors, done, coverage, recipe.target, names)
-        actual = spec.unflatten(decomposed(*tensors))
+        with buffers_copied(decomposed):
+            actual = spec.unflatten(decomposed(*tensors))
         whole = _check_whole(decomposed, tensors, done, spec, actual, (recipe.target, checks, names))
     except RuntimeError as error:
         raise ConversionError(
@@ -102,14 +104,6 @@ def quantize_pt2e(
         ) from error
     coverage, between = with_macs(coverage, original, example, recipe)
     return Converted(integer, coverage, checks, [*_notes(recipe), *end_to_end(expected, actual)], between, whole)
-
-
-def _copies(example: Example) -> tuple[Any, Any]:
-    def keep(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        return args, kwargs
-
-    caught: tuple[Any, Any] = run(keep, example)  # type: ignore[arg-type]
-    return caught
 
 
 @dataclass

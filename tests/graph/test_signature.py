@@ -1,0 +1,84 @@
+"""The signature of a captured network."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from qat_lightning.artifact.graph import decode_signature, encode_signature
+from qat_lightning.errors import NetworkError
+from qat_lightning.graph.signature import CallSpec, Input, canonical
+
+X = torch.zeros(2, 3)
+
+
+def spec_of(signature: inspect.Signature, *args: Any, **kwargs: Any) -> CallSpec:
+    leaves, structure = pytree.tree_flatten(canonical(signature, args, kwargs))
+    inputs = [Input("x", tuple(leaf.shape)) if isinstance(leaf, Tensor) else Input("y", None, leaf) for leaf in leaves]
+    return CallSpec("Net", signature, structure, tuple(inputs), pytree.tree_structure(X), 2)
+
+
+def forward(x: Any, mask: Any = None, sizes: Any = (1, 2), *, flag: bool = False) -> Any: ...
+
+
+CALLS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+    ((X,), {}),
+    ((X, None), {}),
+    ((X,), {"flag": False}),
+    ((X,), {"sizes": (1, 2)}),
+    ((X, None, (1, 2)), {"flag": False}),
+]
+
+
+@pytest.mark.parametrize("captured", CALLS)
+@pytest.mark.parametrize("called", CALLS)
+def test_an_omitted_argument_is_its_default(captured: Any, called: Any) -> None:
+    spec = spec_of(inspect.signature(forward), *captured[0], **captured[1])
+    for each in (spec, pickle.loads(pickle.dumps(spec))):
+        (tensor,) = each.flatten(*called)
+        assert tensor is X
+
+
+@pytest.mark.parametrize("captured", CALLS)
+@pytest.mark.parametrize("other", [{"mask": X}, {"flag": True}, {"sizes": (1, 3)}, {"sizes": None}])
+def test_another_value_than_the_default_is_refused(captured: Any, other: dict[str, Any]) -> None:
+    spec = spec_of(inspect.signature(forward), *captured[0], **captured[1])
+    with pytest.raises(NetworkError):
+        spec.flatten((X,), other)
+
+
+def test_an_argument_that_was_captured_with_another_value_cannot_be_omitted() -> None:
+    spec = spec_of(inspect.signature(forward), X, flag=True)
+    assert spec.flatten((X,), {"flag": True}) == [X]
+    with pytest.raises(NetworkError, match="y = True and is called with False"):
+        spec.flatten((X,), {})
+
+
+def test_a_default_that_a_file_cannot_hold_is_as_captured() -> None:
+    default = object()
+
+    def forward(x: Any, other: Any = default, mask: Any = None) -> Any: ...
+
+    signature = inspect.signature(forward)
+    for each in (signature, decode_signature(encode_signature(signature))):
+        spec = spec_of(each, X)
+        assert spec.flatten((X,), {"mask": None}) == [X]
+        with pytest.raises(NetworkError):
+            spec.flatten((X, 3), {})
+
+
+def test_a_signature_pickles_whatever_its_annotations_are() -> None:
+    class Local: ...
+
+    def forward(x: Local, mask: Local | None = None) -> Local:
+        return x
+
+    forward.__annotations__ = {"x": Local, "mask": Local, "return": Local}
+    spec = spec_of(inspect.signature(forward), X)
+    assert str(pickle.loads(pickle.dumps(spec)).signature) == "(x, mask=None)"

@@ -1,0 +1,85 @@
+"""The functions for plain networks, without Lightning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat_lightning import Example, Recipe, calibrate, convert, prepare
+from qat_lightning.errors import ConversionError
+from qat_lightning.export.program import int8_network
+from qat_lightning.modes.eager.mode import EagerMode
+from qat_lightning.modes.prepared import prepared_state
+
+
+class Difference(nn.Module):
+    """Reads two inputs, as attention and siamese networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.first(x) - self.second(y)
+
+
+@pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
+def test_a_tensor_given_for_two_inputs_is_two_inputs(mode: str) -> None:
+    torch.manual_seed(0)
+    x, y, network = torch.randn(8, 4), torch.randn(8, 4), Difference()
+    expected = network(x, y)
+    prepared = prepare(network, Example((x, x)), Recipe(mode, "x86", kind="static"))
+    calibrate(prepared, [Example((x, y))])
+    torch.testing.assert_close(prepared(x, y), expected, atol=0.1, rtol=0)
+    torch.testing.assert_close(convert(prepared, Example((x, x)))(x, y), expected, atol=0.1, rtol=0)
+
+
+class Frozen(nn.Module):
+    """Its backbone stays in evaluation, with a dropout in its code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head = Dropping(), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))
+
+
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.linear(x), 0.5, self.training)
+
+
+@pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
+def test_a_part_in_evaluation_stays_there(mode: str) -> None:
+    network = Frozen().train()
+    network.backbone.eval()
+    x = torch.randn(8, 4)
+    prepared = prepare(network, Example((x,)), Recipe(mode, "x86"))
+    assert prepared.training
+    assert not prepared.get_submodule("backbone").training
+    assert torch.equal(prepared(x), prepared(x)), "nothing is dropped"
+
+
+def test_an_export_leaves_float_what_a_conversion_leaves_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(8, 4)
+    network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    prepared = prepare(network, Example((x,)), Recipe("eager", "x86", kind="static"))
+    calibrate(prepared, [x])
+    plain = EagerMode.convert
+
+    def refuses(self: EagerMode, prepared: nn.Module, example: Example) -> object:
+        if "2" not in prepared_state(prepared).left_float:
+            raise ConversionError("Layer '2' has no kernel on this day")
+        return plain(self, prepared, example)
+
+    monkeypatch.setattr(EagerMode, "convert", refuses)
+    int8 = int8_network(prepared, Example((x,)))
+    assert [row.quantized for row in int8.coverage] == [True, False]
+    assert "2" not in prepared_state(prepared).left_float, "the prepared network is not changed"

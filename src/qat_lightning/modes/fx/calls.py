@@ -55,11 +55,8 @@ def _names_in_order(node: fx.Node, graph_module: fx.GraphModule) -> list[str]:
 
 
 def give_all_arguments(graph: fx.Graph) -> None:
-    """Write functional layers with all arguments in order, as upstream's lowering expects."""
+    """Write functional convolutions with all arguments in order, as upstream's lowering expects."""
     for node in graph.nodes:
-        if node.op == "call_function" and node.target is F.linear and ({"input", "weight"} & node.kwargs.keys()):
-            given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
-            node.args, node.kwargs = (given["input"], given["weight"], given.get("bias")), {}
         if node.op == "call_function" and node.target in (F.conv1d, F.conv2d, F.conv3d):
             given = dict(zip(_CONVOLUTION_ARGUMENTS, node.args, strict=False)) | node.kwargs
             defaults = zip(_CONVOLUTION_ARGUMENTS, _CONVOLUTION_DEFAULTS, strict=True)

@@ -111,7 +111,7 @@ def photos(options: argparse.Namespace, seed: int) -> Task:
 def small_images(options: argparse.Namespace, seed: int) -> Task:
     """Return ResNet-20 with CIFAR-10, trained if it is not stored in the folder."""
     path = str(required(options.cifar, "--cifar"))
-    words = ["--data", path, "--work", str(options.cifar_work), "--base-precision", "bf16-mixed"]
+    words = ["--data", path, "--work", str(options.cifar_work)]
     training = cifar10.Benchmark(cifar10.parser().parse_args(words))
 
     def model() -> LightningModule:

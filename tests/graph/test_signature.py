@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qat_lightning.artifact.graph import decode_signature, encode_signature
 from qat_lightning.errors import NetworkError
-from qat_lightning.graph.signature import CallSpec, Input, canonical
+from qat_lightning.graph.signature import CallSpec, Input, as_captured, canonical
 
 X = torch.zeros(2, 3)
 
@@ -82,3 +82,40 @@ def test_a_signature_pickles_whatever_its_annotations_are() -> None:
     forward.__annotations__ = {"x": Local, "mask": Local, "return": Local}
     spec = spec_of(inspect.signature(forward), X)
     assert str(pickle.loads(pickle.dumps(spec)).signature) == "(x, mask=None)"
+
+
+WIDER = [
+    (torch.bool, torch.uint8),
+    (torch.bool, torch.int64),
+    (torch.uint8, torch.int32),
+    (torch.int8, torch.int64),
+    (torch.int32, torch.int64),
+]
+FLOATING = [(torch.bfloat16, torch.float32), (torch.float64, torch.float32), (torch.float32, torch.float16)]
+KINDS = [torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.bfloat16, torch.float16, torch.float32]
+KINDS += [torch.float64, torch.complex64]
+
+
+@pytest.mark.parametrize(("given", "captured"), WIDER)
+def test_integers_become_as_wide_as_the_captured_ones(given: torch.dtype, captured: torch.dtype) -> None:
+    values = torch.tensor([0, 1, 1 if given is torch.bool else torch.iinfo(given).max]).to(given)
+    taken = as_captured(values, captured)
+    assert taken is not None
+    assert taken.dtype is captured
+    assert taken.tolist() == values.tolist()
+
+
+@pytest.mark.parametrize(("given", "captured"), [*FLOATING, *((kind, kind) for kind in KINDS)])
+def test_floating_dtypes_are_left_to_mixed_precision(given: torch.dtype, captured: torch.dtype) -> None:
+    values = torch.zeros(2, dtype=given)
+    assert as_captured(values, captured) is values
+
+
+@pytest.mark.parametrize("captured", KINDS)
+@pytest.mark.parametrize("given", KINDS)
+def test_a_dtype_that_holds_other_numbers_is_not_taken(given: torch.dtype, captured: torch.dtype) -> None:
+    if given is captured or (given, captured) in WIDER or (given.is_floating_point and captured.is_floating_point):
+        return
+    taken = as_captured(torch.ones(2, dtype=given), captured)
+    assert taken is None or torch.promote_types(given, captured) is captured
+    assert taken is None or not (captured.is_floating_point or captured.is_complex)

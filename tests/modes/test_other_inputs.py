@@ -187,3 +187,50 @@ def test_a_file_keeps_an_input_that_adds_results_for_each_sample(tmp_path: Path)
     (result,) = export_quantized(int8, tmp_path, ["torchscript"], example=example)
     with open_artifact(result) as artifact:
         assert artifact(*example.args, **example.kwargs).keys() == {"logits", "masked"}
+
+
+class Looks(nn.Module):
+    """Ids and a mask of integers, as a tokenizer gives them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.first, self.second = nn.Embedding(9, 4), nn.Linear(4, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.first(self.table(ids)).relu() * mask[:, :, None]
+        scores: Tensor = self.second(hidden.sum(1))
+        return scores
+
+
+def looked_up() -> tuple[Example, Any, Any]:
+    """A call, and the prepared and the int8 network of it."""
+    torch.manual_seed(0)
+    example = Example((torch.randint(9, (4, 6)), torch.randint(2, (4, 6))))
+    prepared = prepare(Looks().eval(), example, Recipe("pt2e", "x86", SEVEN_BITS, kind="static"))
+    calibrate(prepared, [example])
+    return example, prepared, convert(prepared, example)
+
+
+@pytest.mark.parametrize("compiled", ["0", pytest.param("1", marks=pytest.mark.slow)], ids=["graph", "compiled"])
+def test_narrower_integers_are_the_same_ids(compiled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAT_LIGHTNING_COMPILE", compiled)
+    example, prepared, int8 = looked_up()
+    ids, mask = example.args
+    int8.save(tmp_path / "net.int8")
+    for network in (prepared.eval(), int8, load_quantized(tmp_path / "net.int8")):
+        wanted = network(ids, mask)
+        assert torch.equal(network(ids.int(), mask.bool()), wanted)
+        assert torch.equal(network(ids.to(torch.uint8), mask.to(torch.int8)), wanted)
+        with pytest.raises(NetworkError, match=r"captured for mask of torch.int64 and is called with torch.float32"):
+            network(ids, mask.float())
+
+
+@pytest.mark.slow
+def test_a_file_is_called_with_narrower_integers(tmp_path: Path) -> None:
+    example, _, int8 = looked_up()
+    ids, mask = example.args
+    (result,) = export_quantized(int8, tmp_path, ["pt2"], example=example)
+    with open_artifact(result) as artifact:
+        assert torch.equal(artifact(ids.int(), mask.bool()), artifact(ids, mask))
+        with pytest.raises(ExportError, match=r"exported for an input of torch.int64 .*with torch.float32"):
+            artifact(ids, mask.float())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from qat_lightning.artifact.graph import (
@@ -50,7 +51,7 @@ def encode_spec(spec: CallSpec) -> dict[str, Any]:
     return {
         "name": spec.name,
         "signature": encode_signature(spec.signature),
-        "inputs": [[given.path, encode(given.shape), encode(given.value)] for given in spec.inputs],
+        "inputs": [list(map(encode, (given.path, given.shape, given.value, given.dtype))) for given in spec.inputs],
         "in": encode_structure(spec.in_spec),
         "out": outputs,
         "batch": spec.batch,
@@ -67,13 +68,21 @@ def decode_spec(data: dict[str, Any], reading: Reading) -> CallSpec:
         name=str(data["name"]),
         signature=decode_signature(data["signature"]),
         in_spec=decode_structure(data["in"], reading.network),
-        inputs=tuple(Input(str(path), decode(shape), decode(value)) for path, shape, value in data["inputs"]),
+        inputs=tuple(_decode_input(*given) for given in data["inputs"]),
         out_spec=decode_structure(data["out"], reading.network),
         batch=int(data["batch"]),
     )
     if spec.in_spec.num_leaves != len(spec.inputs):
         raise ArtifactError("its inputs do not match its graph")
     return spec
+
+
+def _decode_input(path: Any, shape: Any, value: Any, dtype: Any = None) -> Input:
+    """An input; files of earlier versions do not have its dtype."""
+    kind = decode(dtype)
+    if kind is not None and not isinstance(kind, torch.dtype):
+        raise ArtifactError(f"the dtype of its input {path} is {kind!r}")
+    return Input(str(path), decode(shape), decode(value), kind)
 
 
 def encode_inference(call: InferenceCall | None, writing: Writing) -> dict[str, Any]:

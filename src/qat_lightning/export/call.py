@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qat_lightning.errors import ExportError
 from qat_lightning.export.completion import Completion
 from qat_lightning.export.protocol import Source
-from qat_lightning.graph.signature import batch_size, canonical, given_parameters, has_batch
+from qat_lightning.graph.signature import as_captured, batch_size, canonical, given_parameters, has_batch
 
 TENSOR = object()
 """Placeholder for a tensor among the leaves of arguments or results."""
@@ -33,6 +33,7 @@ class Call:
         batched: For each input tensor, whether it has a batch dimension.
         batched_results: For each tensor of the result, whether it has a batch dimension.
         completion: Computes the loss of a call that also gives its inputs; None if there are no such inputs.
+        dtypes: The dtype of each input tensor.
     """
 
     signature: inspect.Signature
@@ -43,6 +44,7 @@ class Call:
     batched: tuple[bool, ...]
     batched_results: tuple[bool, ...] = ()
     completion: Completion | None = None
+    dtypes: tuple[torch.dtype, ...] = ()
 
     @classmethod
     def of(cls, source: Source) -> Call:
@@ -63,13 +65,14 @@ class Call:
             tuple(has_batch(leaf, size) for leaf in leaves if isinstance(leaf, Tensor)),
             tuple(has_batch(leaf, size) for leaf in results if isinstance(leaf, Tensor)),
             source.completion,
+            tuple(leaf.dtype for leaf in leaves if isinstance(leaf, Tensor)),
         )
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Return the tensors of a call, in the order of the signature.
 
         Raises:
-            ExportError: The non-tensor arguments differ from those of the exported call.
+            ExportError: The non-tensor arguments, or the dtypes of tensors, differ from those of the exported call.
         """
         if self.completion is not None:
             args, kwargs = (), self.completion.call.arguments(args, kwargs)
@@ -83,7 +86,15 @@ class Call:
         for leaf, value in zip(leaves, self.values, strict=True):
             if value is not TENSOR and leaf != value:
                 raise ExportError(f"The network was exported with {value!r} where it is called with {leaf!r}.")
-        return [leaf for leaf, value in zip(leaves, self.values, strict=True) if value is TENSOR]
+        given_tensors = [leaf for leaf, value in zip(leaves, self.values, strict=True) if value is TENSOR]
+        tensors = list(map(as_captured, given_tensors, self.dtypes))
+        for tensor, leaf, dtype in zip(tensors, given_tensors, self.dtypes, strict=True):
+            if tensor is None:
+                raise ExportError(
+                    f"The network was exported for an input of {dtype} and is called with {leaf.dtype}: convert it "
+                    "before the call, or give example_inputs= like those it is used with."
+                )
+        return [tensor for tensor in tensors if tensor is not None]
 
     def arguments(self, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments for the tensors that `flatten` returned."""

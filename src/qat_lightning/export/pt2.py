@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from qat_lightning.errors import ExportError
 from qat_lightning.export.protocol import Kernels, Port, Runner, Source
-from qat_lightning.modes.decomposed.compiling import compile_package
+from qat_lightning.modes.decomposed.compiling import as_compiled, compile_package
 from qat_lightning.modes.decomposed.lowering import overflowing_layer
 from qat_lightning.settings.engines import NO_VNNI
 from qat_lightning.settings.recipe import Recipe
@@ -69,7 +69,7 @@ class AotInductor:
         run = torch._inductor.aoti_load_package(str(path))
 
         def call(tensors: list[Tensor]) -> list[Tensor]:
-            return as_list(run(*(tensor.contiguous() for tensor in tensors)))
+            return as_list(run(*map(as_compiled, tensors)))
 
         return call
 

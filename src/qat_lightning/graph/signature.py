@@ -8,7 +8,7 @@ import reprlib
 from collections import OrderedDict
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.utils._pytree as pytree
@@ -30,11 +30,13 @@ class Input:
         path: Its place in the arguments, as a Python expression.
         shape: The shape of a tensor, with `BATCH` for dimensions that may vary; None for a plain value.
         value: The value, if it is not a tensor.
+        dtype: The dtype of a tensor.
     """
 
     path: str
     shape: tuple[int, ...] | None
     value: Any = None
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,10 @@ class CallSpec:
         object.__setattr__(self, "_given", given_parameters(self.signature, self.in_spec))
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """The tensors of a call, in the order of the graph's inputs.
+        """The tensors of a call, in the order of the graph's inputs, with integers as wide as those captured.
 
         Raises:
-            NetworkError: The call has other arguments or shapes than the captured one.
+            NetworkError: The call has other arguments, shapes or dtypes than the captured one.
         """
         look_into(args, kwargs)
         try:
@@ -83,7 +85,10 @@ class CallSpec:
                 raise self._other_call(f"{expected.path} is missing.")
             if not isinstance(leaf, Tensor) or not _fits(leaf, expected.shape):
                 _refuse(self.name, expected.path, _shape(expected.shape), _describe(leaf))
-            tensors.append(leaf)
+            tensor = as_captured(leaf, expected.dtype)
+            if tensor is None:
+                _refuse_dtype(self.name, expected, leaf)
+            tensors.append(tensor)
         return tensors
 
     def _other_call(self, reason: str) -> NetworkError:
@@ -143,6 +148,30 @@ def canonical(
             elif name in bound.arguments and same(parameter.default, bound.arguments[name], operator.is_):
                 del bound.arguments[name]
     return bound.args, bound.kwargs
+
+
+def as_captured(tensor: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """A tensor for a graph that was captured with a dtype: a graph has conversions between dtypes built in.
+
+    Args:
+        tensor: An input of a call.
+        dtype: The dtype of the captured one; None if it is unknown.
+
+    Returns:
+        Booleans and integers converted to integers that hold them all; floating-point numbers as they are if
+        floating-point ones were captured, because mixed precision changes their dtype; None for any other dtype.
+
+    Example:
+        >>> import torch
+        >>> ids = torch.zeros(2, dtype=torch.int32)
+        >>> as_captured(ids, torch.int64).dtype, as_captured(ids, torch.float32)
+        (torch.int64, None)
+    """
+    if dtype is None or tensor.dtype is dtype or (tensor.is_floating_point() and dtype.is_floating_point):
+        return tensor
+    if dtype.is_floating_point or dtype.is_complex or torch.promote_types(tensor.dtype, dtype) is not dtype:
+        return None
+    return tensor.to(dtype)
 
 
 def given_parameters(signature: inspect.Signature, structure: pytree.TreeSpec) -> frozenset[str]:
@@ -225,7 +254,7 @@ def inputs_of(network: nn.Module, example: Example, size: int | None) -> tuple[p
         where = _path(path, names)
         if isinstance(leaf, Tensor):
             shape = tuple(leaf.shape)
-            inputs.append(Input(where, (BATCH, *shape[1:]) if has_batch(leaf, size) else shape))
+            inputs.append(Input(where, (BATCH, *shape[1:]) if has_batch(leaf, size) else shape, dtype=leaf.dtype))
         else:
             inputs.append(Input(where, None, leaf))
     return spec, tuple(inputs)
@@ -270,6 +299,14 @@ def _refuse(name: str, path: str, expected: str, got: str) -> None:
     raise NetworkError(
         f"{name} was captured for {path} = {expected} and is called with {got}. PT2 export fixes every dimension "
         "except the batch, and every value that is not a tensor: give example_inputs= like those it is used with, or "
+        "use mode='fx' or mode='eager'."
+    )
+
+
+def _refuse_dtype(name: str, expected: Input, leaf: Tensor) -> NoReturn:
+    raise NetworkError(
+        f"{name} was captured for {expected.path} of {expected.dtype} and is called with {leaf.dtype}. PT2 export "
+        "fixes the kind of number: convert it before the call, give example_inputs= like those it is used with, or "
         "use mode='fx' or mode='eager'."
     )
 

@@ -84,6 +84,12 @@ def _register_int8_passes() -> None:
     import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
 
 
+def as_compiled(tensor: Tensor) -> Tensor:
+    """An input as compiled code reads it, which checks neither memory format nor dtype; bf16 training passes bf16."""
+    tensor = tensor.detach().contiguous()
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
 def load_library(package: bytes, decomposed: fx.GraphModule, spec: CallSpec, tensors: list[Tensor]) -> Library:
     """Load a package, compiled here or in another process on this machine, from a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="qat-lightning-") as folder:

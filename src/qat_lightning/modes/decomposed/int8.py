@@ -17,7 +17,7 @@ from qat_lightning.graph.inference_call import InferenceCall
 from qat_lightning.graph.portable_graph import PortableModule
 from qat_lightning.graph.signature import BATCH, CallSpec
 from qat_lightning.modes.compile_switch import compiling_allowed, has_cpp_compiler
-from qat_lightning.modes.decomposed.compiling import compile_library, difference, load_library
+from qat_lightning.modes.decomposed.compiling import as_compiled, compile_library, difference, load_library
 from qat_lightning.modes.decomposed.lowering import on_plain_kernels, overflowing_layer
 from qat_lightning.modes.decomposed.plain import PlainLayer
 from qat_lightning.settings.backends import get_backend
@@ -94,7 +94,7 @@ class Int8Network(nn.Module):
         if call is not None and call.is_made_by(args, kwargs):
             return self.at_inference()(**call.arguments(args, kwargs))
         with torch.no_grad():
-            tensors = [_prepare(tensor) for tensor in self.spec.flatten(args, kwargs)]
+            tensors = list(map(as_compiled, self.spec.flatten(args, kwargs)))
             if self.runs == "not compiled yet" and (self.runtime == "plain" or compiling_enabled()):
                 self._compile_on(tensors)
             run = self.__dict__["_compiled"] or self.decomposed
@@ -114,7 +114,7 @@ class Int8Network(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile now; the inputs of a real call are used to verify it. Later calls may have any batch size."""
         with torch.no_grad():
-            self._compile_on([_prepare(tensor) for tensor in self.spec.flatten(args, kwargs)])
+            self._compile_on(list(map(as_compiled, self.spec.flatten(args, kwargs))))
 
     def compiled_package(self, *args: Any, **kwargs: Any) -> bytes:
         """The compiled package, for `use_package` in other processes; compiles if necessary.
@@ -138,7 +138,7 @@ class Int8Network(nn.Module):
             **kwargs: Keyword inputs.
         """
         with torch.no_grad(), self.__dict__["_lock"]:
-            tensors = [_prepare(tensor) for tensor in self.spec.flatten(args, kwargs)]
+            tensors = list(map(as_compiled, self.spec.flatten(args, kwargs)))
             try:
                 library = load_library(package, self.decomposed, self.spec, tensors)
                 problem = difference(self.decomposed, library, self.spec, tensors, get_backend(self.backend, "pt2e"))
@@ -242,12 +242,6 @@ def compiling_enabled() -> bool:
         False
     """
     return compiling_allowed() and os.environ.get("QAT_LIGHTNING_COMPILE", "1") != "0"
-
-
-def _prepare(tensor: Tensor) -> Tensor:
-    # Compiled code depends on the memory format at compile time; and bf16 training passes bf16 batches.
-    tensor = tensor.detach().contiguous()
-    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _first_line(error: Exception) -> str:

@@ -8,9 +8,7 @@ gamma and beta take the factor, and the ranges are those of the folded weights.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -22,7 +20,7 @@ from qat_lightning.graph.example import Example
 from qat_lightning.layers.batchnorm import along, factor_of, folded_weight, has_statistics
 from qat_lightning.layers.operators import module_types, names_of
 from qat_lightning.modes.eager.observation import HEAD_TYPES, Key, Observation, observe
-from qat_lightning.recipes.same_outputs import SAME, distance, outputs_of, undo_if_changed
+from qat_lightning.recipes.same_outputs import distance, outputs_of, passing, undone_if_different
 from qat_lightning.settings.recipe import Equalization as Kind
 
 _CHANNELWISE = names_of(lambda row: row.channelwise)
@@ -140,12 +138,13 @@ def equalize(network: nn.Module, example: Example, kind: Kind = "exact") -> Equa
                 done.clipped += 1
                 done.left[names[pair.first]] = f"ReLU6 at {names[pair.clipping[0]]!r} does not let a factor pass"
         pairs = [pair for pair in pairs if not pair.clipping]
-    pairs = _passing(network, example, pairs, names, done)
-    weights = copy.deepcopy(network.state_dict())
-    before = outputs_of(network, example)
-    _balance(pairs)
-    done.pairs = [(names[pair.first], names[pair.second]) for pair in pairs]
-    undo_if_changed(network, example, before, weights, by="Equalization", remedy="equalization='none'")
+    balanced = passing(network, example, pairs, _halve_and_double)
+    for pair in pairs:
+        if pair not in balanced:
+            done.left[names[pair.first]] = "a factor does not pass to the next layer"
+    done.pairs = [(names[pair.first], names[pair.second]) for pair in balanced]
+    with undone_if_different(network, example, by="Equalization", remedy="equalization='none'"):
+        _balance(balanced)
     return done
 
 
@@ -242,39 +241,11 @@ def _replace_clipping(network: nn.Module, pairs: list[_Pair], done: Equalization
                 parent._modules[name] = wanted[child]
 
 
-def _passing(
-    network: nn.Module, example: Example, pairs: list[_Pair], names: dict[nn.Module, str], done: Equalization
-) -> list[_Pair]:
-    """The pairs between which a factor per channel passes; tested together, and individually if that fails."""
-    before = outputs_of(network, example)
-
-    def passes(tried: list[_Pair]) -> bool:
-        with _scaled(network, tried):
-            return distance(before, outputs_of(network, example)) <= SAME
-
-    if passes(pairs):
-        return pairs
-    kept = []
-    for pair in pairs:
-        if passes([pair]):
-            kept.append(pair)
-        else:
-            done.left[names[pair.first]] = "a factor does not pass to the next layer"
-    return kept
-
-
-@contextmanager
-def _scaled(network: nn.Module, pairs: list[_Pair]) -> Iterator[None]:
-    """Within the block, channels are scaled by factors of 1/2, 1 and 2."""
-    kept = [(parameter, parameter.clone()) for parameter in network.parameters()]
+def _halve_and_double(pairs: list[_Pair]) -> None:
+    """Scale channels by factors of 1/2, 1 and 2."""
     for pair in pairs:
         channels = torch.arange(pair.first.weight.shape[0], device=pair.first.weight.device)
         pair.scale(2.0 ** (channels % 3 - 1).to(pair.first.weight.dtype))
-    try:
-        yield
-    finally:
-        for parameter, value in kept:
-            parameter.copy_(value)
 
 
 def _folded(layer: Any, batchnorm: Any) -> Tensor:

@@ -10,16 +10,15 @@ turns the norm into an RMSNorm; here all modules stay the same.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qat_lightning.graph.example import Example, running_its_example
 from qat_lightning.recipes.rotated import Plan, plan
-from qat_lightning.recipes.same_outputs import SAME, distance, named, outputs_of, undo_if_changed
+from qat_lightning.recipes.same_outputs import named, passing, undone_if_different
 from qat_lightning.recipes.space_rules import follow_spaces
 from qat_lightning.recipes.spaces import Spaces
 
@@ -73,30 +72,13 @@ def rotate(network: nn.Module, example: Example) -> Rotated:
     """
     with running_its_example(network):
         run = follow_spaces(network, example)
-    before = outputs_of(network, example)
-    kept = copy.deepcopy(network.state_dict())
     chosen = plan(run)
-    _keep_passing(network, example, chosen, before)
-    chosen.apply()
-    undo_if_changed(network, example, before, kept, by="The rotation", remedy="rotation=False")
+    kept = passing(network, example, chosen.components, chosen.apply)
+    for component in [one for one in chosen.components if one not in kept]:
+        chosen.leave(component, "a rotation does not pass to it")
+    with undone_if_different(network, example, by="The rotation", remedy="rotation=False"):
+        chosen.apply()
     return _report(run, chosen)
-
-
-def _keep_passing(network: nn.Module, example: Example, chosen: Plan, before: list[Tensor]) -> None:
-    """Try all rotations together, and individually if that fails; leave out those that change the network."""
-
-    def passes(which: list[int]) -> bool:
-        values = [(parameter, parameter.clone()) for parameter in network.parameters()]
-        chosen.apply(which)
-        try:
-            return distance(before, outputs_of(network, example)) <= SAME
-        finally:
-            for parameter, value in values:
-                parameter.copy_(value)
-
-    if not passes(chosen.components):
-        for component in [one for one in chosen.components if not passes([one])]:
-            chosen.leave(component, "a rotation does not pass to it")
 
 
 def _report(run: Spaces, chosen: Plan) -> Rotated:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -12,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 from qat_lightning.errors import NetworkError
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.eager.observation import run_apart
+
+Change = TypeVar("Change")
 
 SAME = 1e-4
 """Largest relative change of outputs that counts as equal; float32 rounding alone causes smaller ones."""
@@ -36,22 +40,48 @@ def distance(one: list[Tensor], other: list[Tensor]) -> float:
     return max((d if math.isfinite(d) else math.inf for d in distances), default=0.0)
 
 
-def undo_if_changed(
-    network: nn.Module, example: Example, before: list[Tensor], weights: Mapping[str, Any], *, by: str, remedy: str
-) -> None:
-    """Restore a network's weights and raise an error if it computes different values with the new ones.
+def passing(
+    network: nn.Module, example: Example, changes: list[Change], apply: Callable[[list[Change]], None]
+) -> list[Change]:
+    """The changes after which a network computes the same: tried together, and one at a time if that fails.
 
     Args:
-        network: The network with changed weights.
+        network: The network; its parameters are restored after each trial.
         example: One call of it.
-        before: Result of `outputs_of` before the change.
-        weights: Its ``state_dict`` before the change.
-        by: The recipe that changed them, for the message.
+        changes: The changes to try.
+        apply: Makes some of them in the network's parameters.
+    """
+    before = outputs_of(network, example)
+
+    def passes(tried: list[Change]) -> bool:
+        kept = [(parameter, parameter.clone()) for parameter in network.parameters()]
+        try:
+            apply(tried)
+            return distance(before, outputs_of(network, example)) <= SAME
+        finally:
+            for parameter, value in kept:
+                parameter.copy_(value)
+
+    if not changes or passes(changes):
+        return changes
+    return [change for change in changes if passes([change])]
+
+
+@contextmanager
+def undone_if_different(network: nn.Module, example: Example, *, by: str, remedy: str) -> Iterator[None]:
+    """Restore a network's weights after the block if it computes different values with those that the block gave it.
+
+    Args:
+        network: The network.
+        example: One call of it.
+        by: The recipe that changes the weights, for the message.
         remedy: The setting that disables the recipe.
 
     Raises:
         NetworkError: It computes different values.
     """
+    before, weights = outputs_of(network, example), copy.deepcopy(network.state_dict())
+    yield
     change = distance(before, outputs_of(network, example))
     if not change <= 10 * SAME:
         network.load_state_dict(weights)

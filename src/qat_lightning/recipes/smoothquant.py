@@ -8,9 +8,7 @@ it, the linear layer of the values of attention, or the linear side of a gate.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 from qat_lightning.graph.example import Example, running_its_example
 from qat_lightning.recipes.channel_numbers import Follower, Source
 from qat_lightning.recipes.channels import Channels, follow_channels
-from qat_lightning.recipes.same_outputs import SAME, distance, named, outputs_of, undo_if_changed
+from qat_lightning.recipes.same_outputs import named, passing, undone_if_different
 from qat_lightning.settings.recipe import check_smoothquant
 
 _LEAST_SHARE = 1e-3
@@ -75,13 +73,11 @@ def smooth(network: nn.Module, example: Example, alpha: float = 0.5) -> Smoothin
     check_smoothquant(alpha)
     with running_its_example(network):
         channels = follow_channels(network, example)
-    before = outputs_of(network, example)
-    kept = copy.deepcopy(network.state_dict())
-    passing = _passing(network, example, channels, before)
-    done = _report(channels, {source.first for source in passing})
-    for source in passing:
-        _smooth(source, channels, alpha)
-    undo_if_changed(network, example, before, kept, by="SmoothQuant", remedy="smoothquant=None")
+    sources = _passing(network, example, channels)
+    done = _report(channels, {source.first for source in sources})
+    with undone_if_different(network, example, by="SmoothQuant", remedy="smoothquant=None"):
+        for source in sources:
+            _smooth(source, channels, alpha)
     return done
 
 
@@ -124,41 +120,24 @@ def _free(channels: Channels) -> Tensor:
     return free
 
 
-def _passing(network: nn.Module, example: Example, channels: Channels, before: list[Tensor]) -> list[Source]:
-    """The producers from which a factor per channel passes; tested together, and individually if that fails."""
+def _passing(network: nn.Module, example: Example, channels: Channels) -> list[Source]:
+    """The producers from which a factor per channel passes."""
     free = _free(channels)
     candidates = [s for s in channels.sources if bool(free[s.first : s.first + s.count].any())]
 
-    def passes(tried: list[Source]) -> bool:
-        with _tried(network, channels, tried, free):
-            return distance(before, outputs_of(network, example)) <= SAME
+    def halve_and_double(sources: list[Source]) -> None:
+        factor = torch.ones(channels.count)
+        for source in sources:
+            own = torch.arange(source.first, source.first + source.count)
+            factor[own] = torch.where(free[own], 2.0 ** (own % 3 - 1), 1.0)
+        _scale(sources, channels, factor)
 
-    if not candidates or passes(candidates):
-        return candidates
-    kept = []
+    kept = passing(network, example, candidates, halve_and_double)
     for source in candidates:
-        if passes([source]):
-            kept.append(source)
-        else:
+        if source not in kept:
             where = "a factor does not pass to it"
             channels.stuck.update(dict.fromkeys(range(source.first, source.first + source.count), where))
     return kept
-
-
-@contextmanager
-def _tried(network: nn.Module, channels: Channels, sources: list[Source], free: Tensor) -> Iterator[None]:
-    """Within the block, channels are scaled by factors of 1/2, 1 and 2."""
-    kept = [(parameter, parameter.clone()) for parameter in network.parameters()]
-    factor = torch.ones(channels.count)
-    for source in sources:
-        own = torch.arange(source.first, source.first + source.count)
-        factor[own] = torch.where(free[own], 2.0 ** (own % 3 - 1), 1.0)
-    _scale(sources, channels, factor)
-    try:
-        yield
-    finally:
-        for parameter, value in kept:
-            parameter.copy_(value)
 
 
 def _report(channels: Channels, passing: set[int]) -> Smoothing:

@@ -121,6 +121,22 @@ def folded_bias(bias: Tensor | None, running_mean: Tensor, factor: Tensor, beta:
     return shift * factor if beta is None else shift * factor + beta.float()
 
 
+def unfolded(values: Tensor, factor: Tensor, otherwise: Tensor | float) -> Tensor:
+    """Divide by a folding factor that broadcasts with the values.
+
+    Args:
+        values: Values of the folded layer.
+        factor: `fold_factor` of the BatchNorm.
+        otherwise: The result where the factor is 0, or so small that its inverse overflows.
+
+    Example:
+        >>> unfolded(torch.tensor([2.0, 2.0, 0.0]), torch.tensor([0.5, 0.0, 1e-40]), 1.0).tolist()
+        [4.0, 1.0, 1.0]
+    """
+    dead = factor.reciprocal().isinf()
+    return torch.where(dead, otherwise, values / torch.where(dead, 1.0, factor))
+
+
 @torch.no_grad()
 def folded_parameters(layer: Any, batchnorm: Any) -> tuple[nn.Parameter, nn.Parameter]:
     """Weight and bias of a float layer that is equivalent to ``layer`` and ``batchnorm`` in evaluation.

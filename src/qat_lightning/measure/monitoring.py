@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qat_lightning.graph.scopes import join
+from qat_lightning.layers.batchnorm import unfolded
 from qat_lightning.measure.layer_figures import LayerFigures, activation_row, weight_row
 from qat_lightning.modes.left_float import layer_of
 from qat_lightning.modes.places import Place, find_places
@@ -177,7 +178,7 @@ class Probe:
         if self.keep and len(tally.values) < 2:
             tally.values.append(integers if is_weight else seen)
         if output.requires_grad:
-            output.register_hook(lambda gradient: _count_gradient(tally, _unfolded(gradient, factor), part, clipped))
+            output.register_hook(lambda gradient: _count_gradient(tally, _of_product(gradient, factor), part, clipped))
 
     def figures(self) -> list[LayerFigures]:
         """The measurements, one row per layer that ran."""
@@ -274,11 +275,9 @@ def _grid_figures(scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: 
     return [scale.amin(), scale.amax(), zero_point.amin(), low.amin(), high.amax()]
 
 
-def _unfolded(gradient: Tensor, factor: Tensor | None) -> Tensor:
-    """The gradient for the rounded product of weight and factor; where the factor is 0, for the weight itself."""
-    if factor is None:
-        return gradient
-    return torch.where(factor == 0, 0.0, gradient / factor)
+def _of_product(gradient: Tensor, factor: Tensor | None) -> Tensor:
+    """The gradient for the rounded product of weight and factor; 0 where the factor is 0."""
+    return gradient if factor is None else unfolded(gradient, factor, 0.0)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from qat_lightning.errors import ConfigurationError, ConversionError
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.recipes.blocks import blocks_of
 from qat_lightning.recipes.rounding import Rounding
-from qat_lightning.recipes.sequence import Unit, float_copy, unfolded, units
+from qat_lightning.recipes.sequence import Unit, float_copy, plain_weight, units
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _keep_if_better(unit: Unit, roundings: list[Rounding], variables: list[Tenso
     nearest = unit.error([rounding.nearest for rounding in roundings])
     before = [layer.module.weight.detach().clone() for layer in unit.layers]
     for layer, rounding, variable, weight in zip(unit.layers, roundings, variables, before, strict=True):
-        layer.module.weight.copy_(unfolded(rounding.final(variable), layer, weight))
+        layer.module.weight.copy_(plain_weight(rounding.final(variable), layer, weight))
     # Read back, because the network and its conversion will use the stored weights.
     stored = [layer.rounded() for layer in unit.layers]
     learned = unit.error(stored)

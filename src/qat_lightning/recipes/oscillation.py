@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_lightning.errors import CheckpointMismatchError
+from qat_lightning.layers.batchnorm import unfolded
 from qat_lightning.layers.rounded import RoundedLayer as TrainedLayer
 from qat_lightning.modes.places import find_places
 from qat_lightning.numerics.fake_quantize import FakeQuantize
@@ -131,9 +132,7 @@ def _of_layer(layer: RoundedLayer) -> RoundedWeight:
 
     def from_grid(values: Tensor, otherwise: Tensor) -> Tensor:
         factor = layer.factor()
-        if factor is None:
-            return values
-        return torch.where(factor == 0, otherwise, values / torch.where(factor == 0, 1.0, factor))
+        return values if factor is None else unfolded(values, factor, otherwise)
 
     module = layer.module
     return RoundedWeight(

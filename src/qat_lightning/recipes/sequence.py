@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.graph.example import Example
+from qat_lightning.layers.batchnorm import unfolded
 from qat_lightning.modes.float_state import float_weights
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.recipes.bias_correction import apply_layer
@@ -189,7 +190,7 @@ class BlockUnit(Unit):
         """All float tensors that the block returns."""
         present = (self.plain.get_parameter(key) for key in self.keys)
         pairs = zip(weights, self.layers, present, strict=True)
-        plain = [unfolded(weight, layer, old) for weight, layer, old in pairs]
+        plain = [plain_weight(weight, layer, old) for weight, layer, old in pairs]
         return self._run(inputs, dict(zip(self.keys, plain, strict=True)))
 
     def channels(self, output: Tensor) -> int:
@@ -285,12 +286,10 @@ def copied(leaf: Any) -> Any:
 @torch.no_grad()
 def use(module: Any, layer: RoundedLayer) -> None:
     """Give a float layer the rounded weight, divided by BatchNorm's folding factor."""
-    module.weight.copy_(unfolded(layer.rounded(), layer, module.weight))
+    module.weight.copy_(plain_weight(layer.rounded(), layer, module.weight))
 
 
-def unfolded(weight: Tensor, layer: RoundedLayer, present: Tensor) -> Tensor:
+def plain_weight(weight: Tensor, layer: RoundedLayer, present: Tensor) -> Tensor:
     """A folded weight divided by the folding factor; where that is 0, the present weight."""
     factor = layer.factor()
-    if factor is None:
-        return weight
-    return torch.where(factor == 0, present.float(), weight / torch.where(factor == 0, 1.0, factor))
+    return weight if factor is None else unfolded(weight, factor, present.float())

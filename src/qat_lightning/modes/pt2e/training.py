@@ -17,7 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from qat_lightning.errors import NetworkError
 from qat_lightning.graph.portable_graph import HoldsGraphs
 from qat_lightning.graph.scopes import scope_of
-from qat_lightning.layers.batchnorm import fake_quantize_folded, fold_factor, folded_bias, for_each_row
+from qat_lightning.layers.batchnorm import fake_quantize_folded, fold_factor, folded_bias, for_each_row, unfolded
 from qat_lightning.layers.qat_modules import (
     Counter,
     FreezableBatchNorm,
@@ -81,8 +81,7 @@ class FoldedBias(nn.Module):
         with torch.no_grad():
             factor = fold_factor(gamma, running_var, self.eps)
             shifted = folded_bias(bias, running_mean, factor, beta)
-            change = self.__dict__["derived"](shifted) - shifted
-            change = torch.where(factor == 0, 0.0, change / torch.where(factor == 0, 1.0, factor))
+            change = unfolded(self.__dict__["derived"](shifted) - shifted, factor, 0.0)
         return bias + change
 
 

@@ -23,6 +23,7 @@ from qat_lightning import (
 from qat_lightning.errors import ExportError, NetworkError
 from qat_lightning.export.run import export_quantized, open_artifact
 from qat_lightning.numerics.fake_quantize import FakeQuantize
+from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.engines import onednn_is_exact
 from tests.callbacks.lit import CLASSES, Lit, Net, loader, qat, trainer
 from tests.support.exactness import SEVEN_BITS
@@ -84,6 +85,46 @@ def test_an_error_that_is_not_of_the_inputs_stays_as_it_is(mode: str, monkeypatc
     monkeypatch.setattr(FakeQuantize, "forward", fails)
     with pytest.raises(MemoryError, match="of the device"):
         prepared(*example.args)
+
+
+class OfABatch(nn.Module):
+    """Takes a batch as one container, in which some entries are not tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, batch: Any) -> Tensor:
+        x, mask, how = (batch["x"], batch["mask"], batch["how"]) if isinstance(batch, dict) else batch
+        hidden = self.first(x).relu()
+        if mask is not None:
+            hidden = hidden * mask
+        if how == "double":
+            hidden = hidden * 2
+        scores: Tensor = self.second(hidden)
+        return scores
+
+
+@pytest.mark.parametrize("mode", ["fx", "pt2e"])
+@pytest.mark.parametrize("mask", [None, torch.ones(4, 8)], ids=["no mask", "mask"])
+@pytest.mark.parametrize("how", [None, "double"])
+@pytest.mark.parametrize("kind", [dict, tuple])
+def test_entries_of_a_container_that_are_no_tensors_are_as_traced(
+    mode: str, mask: Tensor | None, how: str | None, kind: type, tmp_path: Path
+) -> None:
+    entries = {"x": torch.randn(4, 4), "mask": mask, "how": how}
+    batch = entries if kind is dict else tuple(entries.values())
+    network, example = OfABatch().eval(), Example((batch,))
+    prepared = prepare(network, example, Recipe(mode, "x86", kind="static"))
+    wanted = OfABatch.forward(network, batch)
+    calibrate(prepared, [example])
+    convert(prepared, example).save(tmp_path / "net.int8")
+    loaded = load_quantized(tmp_path / "net.int8")
+    assert sqnr_db(wanted, loaded(batch)) > 25
+    other = "tripled" if how else "double"
+    changed = entries | {"how": other}
+    with pytest.raises(NetworkError, match=other):
+        loaded(changed if kind is dict else tuple(changed.values()))
 
 
 class Predicts(Lit):

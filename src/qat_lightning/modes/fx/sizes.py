@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from qat_lightning.errors import TraceError
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.given_sizes import ANY, GivenInput, GivenSizes, leaves_by_path
+from qat_lightning.graph.structures import parts
 from qat_lightning.modes.fx.examples import CallFails, Calls, Plan, first_plan, is_number
 from qat_lightning.modes.fx.shapes import SizesDecide
 from qat_lightning.modes.fx.tracer import Traced, is_foreign
@@ -22,7 +23,8 @@ def attempts(
 ) -> tuple[_Result, Plan | None]:
     """Trace a network without its sizes; otherwise with sizes as values of the graph; otherwise with fixed sizes.
 
-    If functions that no file may call cannot be traced through without sizes, it is traced with them.
+    If functions that no file may call cannot be traced through without sizes, it is traced with them. A plain value
+    inside a container, such as None for an optional entry of a dict, is known only in a trace with sizes.
 
     Args:
         network: The float network; attributes that a trace leaves on it are removed.
@@ -35,7 +37,7 @@ def attempts(
     Raises:
         TraceError: It cannot be traced in any of these ways.
     """
-    plan: Plan | None = None
+    plan = first_plan(example) if _has_values_in_containers(example) else None
     plain: list[_Result] = []
     while True:
         before = set(vars(network))
@@ -60,6 +62,12 @@ def attempts(
             plan = plan.fixing(decided.call)
         for name in set(vars(network)) - before:
             delattr(network, name)  # constants of a discarded trace
+
+
+def _has_values_in_containers(example: Example) -> bool:
+    containers = [value for value in (*example.args, *example.kwargs.values()) if parts(value)]
+    leaves = leaves_by_path((), (), {str(number): value for number, value in enumerate(containers)})
+    return not all(isinstance(leaf, Tensor) for _, leaf in leaves)
 
 
 def _calls_foreign(result: Any) -> bool:

@@ -1,12 +1,17 @@
+import csv
 import dataclasses
+import io
 import math
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from qat_lightning.compare import Limits, Run, compare, decide
-from qat_lightning.compare.table import cells
+from qat_lightning.compare.table import as_csv, cells
 from qat_lightning.errors import ConfigurationError
 from tests.compare.making import configuration, plain, qat
+from tests.configs.conftest import CONF
 
 
 def by_label(runs, **options):
@@ -154,3 +159,28 @@ def test_figures_of_fewer_seeds_than_the_score_have_their_own_number():
     assert (row[header.index("drop (pp)")], row[header.index("n")]) == ("1.00 (n=1)", "3")
     assert row[header.index("size (MB)")] == "1.000 ± 0.000"
     assert "Its drop is that of 1 of 3 seeds." in decide(comparison, Limits(max_drop=2)).reason
+
+
+def test_a_search_is_compared_with_the_float_run_of_its_training() -> None:
+    def run(method: str, metrics: dict[str, float], *more: str) -> Run:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("config", [f"method={method}", "seed=3", *more])
+        return Run(method, method, config=OmegaConf.to_container(config, resolve=False), metrics=metrics)
+
+    found = {"float/test/acc": 0.97, "int8/test/acc": 0.95}
+    for more, baseline, drop in (([], "float runs", 3.0), (["trainer.max_epochs=9"], "float of the same run", 2.0)):
+        compared = compare([run("float", {"float/test/acc": 0.98}), run("auto", found, *more)]).configurations
+        (searched,) = (configuration for configuration in compared if configuration.variant == "int8")
+        assert searched.baseline == baseline
+        assert searched.drop is not None
+        assert searched.drop.mean == pytest.approx(drop)
+
+
+def test_the_csv_tells_how_many_seeds_each_figure_is_of() -> None:
+    runs = [plain(0, 0.99), plain(1, 0.98), qat("fx", 0, 0.96), qat("fx", 1, 0.97), qat("fx", 2, 0.95)]
+    rows = list(csv.DictReader(io.StringIO(as_csv(compare(runs)))))
+    (row,) = (row for row in rows if row["variant"] == "int8")
+    assert (row["n"], row["score_seeds"], row["drop_seeds"]) == ("3", "3", "2")
+    assert float(row["drop_mean"]) == pytest.approx(2.0)
+    (row,) = (row for row in rows if row["variant"] == "float")
+    assert (row["score_seeds"], row["drop_mean"], row["drop_seeds"]) == ("2", "", "")

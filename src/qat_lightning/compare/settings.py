@@ -23,6 +23,9 @@ _NO_SETTINGS = (
 _PLACES = ("dirpath", "save_dir", "output_dir", "default_root_dir", "root_dir", "log_dir", "cache_dir", "data_dir")
 SEED = "seed"
 
+# Settings of the search of method=auto, which trains a float network first
+_OF_SEARCH = ("ladder.*", "target.*")
+
 # Settings that a float run also has, but that do not affect its training
 _OF_QUANTIZATION = tuple(
     glob
@@ -94,10 +97,12 @@ def training_of(run: Run, ignore: Sequence[str] = ()) -> str:
         >>> training_of(Run("a", "a", config={"seed": 0, "lr": 0.1, "mode": "fx", "quantization": {"start": 0.3}}))
         "[('lr', '0.1')]"
     """
-    ours = [key for key, value in flatten(run.config).items() if key.endswith("._target_") and _is_ours(value)]
+    flat = flatten(run.config)
+    ours = [key for key, value in flat.items() if key.endswith("._target_") and _is_ours(value)]
     parts = [f"{key.removesuffix('_target_')}*" for key in ours if not key.startswith(("model.", "data."))]
     no_part = (*ignore, *_OF_QUANTIZATION, *parts, "callbacks.model_checkpoint.*", "callbacks.last_checkpoint.*")
-    return repr(sorted(settings_of(run, no_part).items()))
+    searches = flat.get("method.name") == "auto"
+    return repr(sorted(settings_of(run, (*no_part, *_OF_SEARCH) if searches else no_part).items()))
 
 
 def _is_ours(target: str) -> bool:

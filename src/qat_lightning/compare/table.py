@@ -103,15 +103,15 @@ def markdown(comparison: Comparison, decision: Decision) -> str:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """Return the comparison as CSV: numbers without units, mean and deviation in separate columns."""
+    """Return the comparison as CSV: numbers without units; mean, deviation and number of seeds in separate columns."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     labels = [setting.label for setting in comparison.settings]
-    figures = [f"{figure}_{part}" for figure in _FIGURES for part in ("mean", "deviation")]
+    figures = [f"{figure}_{part}" for figure in _FIGURES for part in Spread._fields]
     writer.writerow(["configuration", *labels, "variant", "n", "on_front", *figures])
     for configuration in comparison.configurations:
         spreads = [getattr(configuration, figure) for figure in _FIGURES]
-        numbers = [number for spread in spreads for number in (spread[:2] if spread else ("", ""))]
+        numbers = [number for spread in spreads for number in spread or [None] * len(Spread._fields)]
         writer.writerow(
             [
                 *map(_harmless, (configuration.label, *configuration.values.values())),

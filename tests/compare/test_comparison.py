@@ -161,19 +161,44 @@ def test_figures_of_fewer_seeds_than_the_score_have_their_own_number():
     assert "Its drop is that of 1 of 3 seeds." in decide(comparison, Limits(max_drop=2)).reason
 
 
-def test_a_search_is_compared_with_the_float_run_of_its_training() -> None:
-    def run(method: str, metrics: dict[str, float], *more: str) -> Run:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("config", [f"method={method}", "seed=3", *more])
-        return Run(method, method, config=OmegaConf.to_container(config, resolve=False), metrics=metrics)
+def composed(method: str, metrics: dict[str, float], *overrides: str) -> Run:
+    """A run with the configuration of train.py."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", [f"method={method}", "seed=3", *overrides])
+    return Run(method, method, config=OmegaConf.to_container(config, resolve=False), metrics=metrics)
 
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["export=[onnx,openvino]"],
+        ["callbacks.rich_progress_bar=null", "callbacks.learning_rate_monitor=null"],
+        ["logger=none", "save_int8=false", "isolate=false"],
+        ["mode=pt2e", "backend=onednn", "baseline=shared"],
+        ["+callbacks.mine=null"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("method", ["qat", "ptq", "auto"])
+def test_what_cannot_change_a_float_run_leaves_it_the_baseline(method: str, overrides: list[str]) -> None:
+    found = {"float/test/acc": 0.90, "int8/test/acc": 0.95}
+    for own, of_float in ((overrides, ()), ((), [word for word in overrides if "export" not in word])):
+        runs = [composed("float", {"float/test/acc": 0.99}, *of_float), composed(method, found, *own)]
+        (int8,) = (configuration for configuration in compare(runs).configurations if configuration.variant == "int8")
+        assert int8.baseline == "float runs"
+        assert int8.drop is not None
+        assert int8.drop.mean == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("method", ["qat", "auto"])
+@pytest.mark.parametrize("override", ["trainer.max_epochs=9", "model.module.lr=0.5", "data.datamodule.batch_size=7"])
+def test_what_changes_a_float_run_does_not(method: str, override: str) -> None:
     found = {"float/test/acc": 0.97, "int8/test/acc": 0.95}
-    for more, baseline, drop in (([], "float runs", 3.0), (["trainer.max_epochs=9"], "float of the same run", 2.0)):
-        compared = compare([run("float", {"float/test/acc": 0.98}), run("auto", found, *more)]).configurations
-        (searched,) = (configuration for configuration in compared if configuration.variant == "int8")
-        assert searched.baseline == baseline
-        assert searched.drop is not None
-        assert searched.drop.mean == pytest.approx(drop)
+    compared = compare([composed("float", {"float/test/acc": 0.98}), composed(method, found, override)])
+    (int8,) = (configuration for configuration in compared.configurations if configuration.variant == "int8")
+    assert int8.baseline == "float of the same run"
+    assert int8.drop is not None
+    assert int8.drop.mean == pytest.approx(2.0)
 
 
 def test_the_csv_tells_how_many_seeds_each_figure_is_of() -> None:

@@ -10,28 +10,19 @@ from typing import Any
 
 from qat_lightning.compare.quantizing import NAME, part_of, renamed, under_one_name
 from qat_lightning.compare.run import Run
+from qat_lightning.run.float_run import OF_QUANTIZATION, OF_SEARCH, OF_THE_LAUNCH
 
 ABSENT = "–"
 """Represents a setting that a run does not have."""
 
 # Names, folders, resume checkpoints and callbacks that only observe: no result depends on these.
 _NO_SETTINGS = (
-    *("paths.*", "run.*", "logger.*", "hydra.*", "ckpt_path", "*float_checkpoint"),
-    *("resume", "isolate", "objective", "save_int8", "baseline.folder", "model.metric.*", "*.labels"),
+    *OF_THE_LAUNCH,
+    *("paths", "hydra", "*.float_checkpoint", "baseline.folder", "model.metric", "*.labels"),
     *("callbacks.*monitor.*", "callbacks.*progress_bar.*"),
 )
 _PLACES = ("dirpath", "save_dir", "output_dir", "default_root_dir", "root_dir", "log_dir", "cache_dir", "data_dir")
 SEED = "seed"
-
-# Settings of the search of method=auto, which trains a float network first
-_OF_SEARCH = ("ladder.*", "target.*")
-
-# Settings that a float run also has, but that do not affect its training
-_OF_QUANTIZATION = tuple(
-    glob
-    for group in ("method", "mode", "backend", "quantization", "export", "baseline")
-    for glob in (group, f"{group}.*")
-)
 
 
 @dataclass(frozen=True)
@@ -82,8 +73,18 @@ def settings_of(run: Run, ignore: Sequence[str] = ()) -> dict[str, str]:
     return {
         key: value
         for key, value in flat.items()
-        if key.rpartition(".")[2] not in (SEED, *_PLACES) and not any(fnmatchcase(key, glob) for glob in ignore)
+        if key.rpartition(".")[2] not in (SEED, *_PLACES) and not _is_one_of(key, ignore) and not _is_none(key, value)
     }
+
+
+def _is_none(key: str, value: str) -> bool:
+    """Whether a setting is a callback that was switched off, which is the same as none."""
+    return value == "null" and key.startswith("callbacks.") and key.count(".") == 1
+
+
+def _is_one_of(key: str, globs: Sequence[str]) -> bool:
+    """Whether a setting, or a section that holds it, matches a glob: a section may be null in another run."""
+    return any(fnmatchcase(key, glob) or fnmatchcase(key, f"{glob}.*") for glob in globs)
 
 
 def training_of(run: Run, ignore: Sequence[str] = ()) -> str:
@@ -99,10 +100,10 @@ def training_of(run: Run, ignore: Sequence[str] = ()) -> str:
     """
     flat = flatten(run.config)
     ours = [key for key, value in flat.items() if key.endswith("._target_") and _is_ours(value)]
-    parts = [f"{key.removesuffix('_target_')}*" for key in ours if not key.startswith(("model.", "data."))]
-    no_part = (*ignore, *_OF_QUANTIZATION, *parts, "callbacks.model_checkpoint.*", "callbacks.last_checkpoint.*")
+    parts = [key.removesuffix("._target_") for key in ours if not key.startswith(("model.", "data."))]
+    no_part = (*ignore, *OF_QUANTIZATION, *parts, "callbacks.model_checkpoint", "callbacks.last_checkpoint")
     searches = flat.get("method.name") == "auto"
-    return repr(sorted(settings_of(run, (*no_part, *_OF_SEARCH) if searches else no_part).items()))
+    return repr(sorted(settings_of(run, (*no_part, *OF_SEARCH) if searches else no_part).items()))
 
 
 def _is_ours(target: str) -> bool:

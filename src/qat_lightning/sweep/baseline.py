@@ -25,13 +25,10 @@ from qat_lightning.callbacks.parts.checkpoint_io import read_float_state
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.json_files import read_json, write_json
 from qat_lightning.run import app
+from qat_lightning.run.float_run import OF_QUANTIZATION, OF_SEARCH, OF_THE_LAUNCH
 from qat_lightning.storage import place
 
 USES = ("none", "compare", "start")
-_APART = (  # settings that cannot change a float run: its use, its name, and its location
-    "method", "quantization", "mode", "backend", "logger", "run", "ckpt_path", "float_checkpoint", "resume",
-    "objective", "isolate", "baseline", "target", "ladder", "export_formats",
-)  # fmt: skip
 _RUN = "RUN"  # stands for the folder of a run
 _LIBRARIES = ("torch", "lightning", "torchmetrics", "numpy")
 
@@ -205,8 +202,11 @@ def fingerprint(cfg: DictConfig) -> dict[str, Any]:
     part = cfg.copy()
     with open_dict(part):
         part.paths.output_dir = _RUN
-        for key in _APART:
-            part.pop(key, None)
+        for key in (*OF_QUANTIZATION, *OF_SEARCH, *OF_THE_LAUNCH):
+            section, _, name = key.rpartition(".")
+            holder = OmegaConf.select(part, section) if section else part
+            if OmegaConf.is_dict(holder):
+                holder.pop(name, None)
     settings = OmegaConf.to_container(part, resolve=True)
     packages = {"qat_lightning", *(str(target).partition(".")[0] for target in _values(settings, "_target_"))}
     return {

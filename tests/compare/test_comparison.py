@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import io
 import math
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -165,6 +166,8 @@ def composed(method: str, metrics: dict[str, float], *overrides: str) -> Run:
     """A run with the configuration of train.py."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", [f"method={method}", "seed=3", *overrides])
+    if "float_checkpoint" in config.get("quantization", {}):
+        config.quantization.float_checkpoint = None  # resolved, like that of a run
     return Run(method, method, config=OmegaConf.to_container(config, resolve=False), metrics=metrics)
 
 
@@ -209,3 +212,38 @@ def test_the_csv_tells_how_many_seeds_each_figure_is_of() -> None:
     assert float(row["drop_mean"]) == pytest.approx(2.0)
     (row,) = (row for row in rows if row["variant"] == "float")
     assert (row["score_seeds"], row["drop_mean"], row["drop_seeds"]) == ("2", "", "")
+
+
+def test_the_metric_is_one_that_a_finished_run_has() -> None:
+    failed = qat("fx", metrics={"int8/test/acc": 0.9}, status="failed", reason="it was killed")
+    compared = compare(
+        [failed, qat("pt2e", metrics={"int8/test/loss": 0.1}), qat("eager", metrics={"int8/test/loss": 0.2})]
+    )
+    assert compared.metric.name == "test/loss"
+    assert [c.label for c in compared.configurations] == ["pt2e", "eager"]
+    with pytest.raises(ConfigurationError, match="No finished run has the metric 'test/acc'"):
+        compare([failed, qat("pt2e", metrics={"int8/test/loss": 0.1})], metric="test/acc")
+
+
+@pytest.mark.parametrize(
+    "where", [{"callbacks": {"qat": {"float_checkpoint": "f.ckpt"}}}, {"quantization/float_checkpoint": "f.ckpt"}]
+)
+def test_a_float_checkpoint_of_a_program_is_named_as_the_baseline(where: dict[str, Any]) -> None:
+    config: dict[str, Any] = {"callbacks": {"qat": {"_target_": "qat_lightning.QuantizationAwareTraining"}}, "seed": 0}
+    for section, value in where.items():
+        config[section] = config.get(section, {}) | value if isinstance(value, dict) else value
+    if "callbacks" in where:
+        config["callbacks"]["qat"] |= {"_target_": "qat_lightning.QuantizationAwareTraining"}
+    (found,) = compare([Run("a", "a", config=config, metrics=qat("fx").metrics)]).configurations
+    assert found.baseline == "float_checkpoint"
+
+
+def test_a_float_run_of_a_program_that_only_has_a_section_for_quantization_is_a_baseline() -> None:
+    config = {"quantization": {"enabled": False}, "seed": 0, "lr": 0.1}
+    own = {"quantization": {"_target_": "qat_lightning.QuantizationAwareTraining"}}
+    runs = [
+        Run("f", "f", config=config, metrics={"test/acc": 0.99}),
+        Run("q", "q", config=config | own, metrics=qat("fx").metrics),
+    ]
+    found = {c.variant: c for c in compare(runs).configurations}
+    assert found["int8"].baseline == "float runs"

@@ -121,6 +121,37 @@ def test_a_limited_figure_that_was_not_measured_does_not_pass():
     assert "latency is not known" in decision.reason
 
 
+def without(figure, *runs):
+    return [dataclasses.replace(run, metrics={k: v for k, v in run.metrics.items() if figure not in k}) for run in runs]
+
+
+@pytest.mark.parametrize(("figure", "goal"), [("latency_ms", "latency"), ("size_mb", "size")])
+def test_a_figure_that_no_run_has_decides_nothing(figure, goal):
+    runs = without(figure, *RUNS)
+    asked = decide(compare(runs), Limits(prefer=goal))
+    assert asked.winner is None
+    assert f"No run is chosen by {goal}: it is not known of any of the 3 candidates." in asked.reason
+    assert "evaluate_variants" in asked.reason
+    by_drop = decide(compare(runs), Limits(max_drop=0.5))
+    assert by_drop.winner.label == ("qat fx" if goal == "latency" else "qat pt2e")
+    assert ("Latency is ignored: it is not known" in by_drop.reason) == (goal == "latency")
+    assert "not measured" not in by_drop.reason
+
+
+def test_candidates_without_the_figure_that_decides_are_named():
+    runs = [RUNS[0], *without("latency_ms", RUNS[1]), *RUNS[2:]]
+    decision = decide(compare(runs), Limits(max_drop=0.5))
+    assert decision.winner.label == "qat pt2e"
+    assert "The latency of qat fx is not known." in decision.reason
+
+
+def test_a_tie_is_not_decided_by_a_disturbed_latency():
+    runs = busy([qat("fx", latency=1.0, size=2.0), qat("pt2e", latency=9.0, size=1.0)])
+    comparison = compare(runs)
+    assert comparison.noisy
+    assert decide(comparison, Limits(max_drop=100, prefer="score")).winner.label == "pt2e", "it is smaller"
+
+
 @pytest.mark.parametrize(
     "limits",
     [

@@ -1,6 +1,6 @@
-"""The public API needs a server; an object with the same interface replaces it here."""
+"""The public API needs a server; here W&B's own runs are made of what one would return."""
 
-from types import SimpleNamespace
+import json
 from typing import Any
 
 import pytest
@@ -11,19 +11,44 @@ from qat_lightning.compare.run import Curve
 from qat_lightning.errors import ConfigurationError, RunFileError
 
 
+class Stored(wandb.apis.public.Run):
+    """W&B's own class with what a server would return."""
+
+    url = "https://example.invalid/a"
+    rows: list[dict[str, Any]]
+
+    def history(self, samples: int, pandas: bool) -> list[dict[str, Any]]:
+        return self.rows
+
+
+def stored(run_id: str, state: str, rows: list[dict[str, Any]], summary: dict[str, Any]) -> Stored:
+    attributes = {
+        "name": run_id,
+        "displayName": "a",
+        "state": state,
+        "config": json.dumps({"seed": {"value": 1}}),
+        "summaryMetrics": json.dumps(summary),
+        "systemMetrics": "{}",
+        "sweepName": None,
+        "user": {"name": "me", "username": "me"},
+    }
+    run = Stored(None, "me", "project", run_id, attrs=attributes)
+    run.rows = rows
+    return run
+
+
 class Api:
     asked: tuple[Any, ...] = ()
 
     def runs(self, path: str, filters: Any = None, order: str = "") -> list[Any]:
         self.asked = (path, filters, order)
-        rows = [{"val/acc": 0.5, "trainer/global_step": 0}, {"val/acc": 0.75, "trainer/global_step": 9}]
-        run = {"name": "a", "url": "https://example.invalid/a", "id": "a1", "state": "finished", "config": {"seed": 1}}
-        run |= {"summary": {"int8/test/acc": 0.9, "_runtime": 12, "val/acc": {"max": 0.75}}}
         table = {"quant/layers": {"_type": "table-file", "nrows": 38, "path": "media/table/layers.json"}}
-        run["summary"] |= table
-        rows = [row | table for row in rows]
-        made = SimpleNamespace(**run, history=lambda samples, pandas: rows)
-        return [made, SimpleNamespace(**run | {"id": "a2", "state": "crashed"}, history=lambda samples, pandas: [])]
+        rows = [{"val/acc": 0.5, "trainer/global_step": 0}, {"val/acc": 0.75, "trainer/global_step": 9}]
+        summary = {"int8/test/acc": 0.9, "_runtime": 12, "val/acc": {"max": 0.75}} | table
+        return [
+            stored("a1", "finished", [row | table for row in rows], summary),
+            stored("a2", "crashed", [], summary),
+        ]
 
 
 def test_runs_of_a_group_are_read() -> None:
@@ -31,7 +56,8 @@ def test_runs_of_a_group_are_read() -> None:
     found, crashed = find_online("me/project/group", api)
     assert api.asked[:2] == ("me/project", {"group": "group"})
     assert found.curves == {"val/acc": Curve([0.0, 9.0], [0.5, 0.75])}, "the number of rows of a table is no metric"
-    assert found.metrics == {"int8/test/acc": 0.9, "val/acc.max": 0.75}
+    assert found.metrics == {"int8/test/acc": 0.9, "val/acc.max": 0.75}, "also nested values"
+    assert found.config == {"seed": 1}
     assert (found.seconds, found.status, crashed.status, crashed.reason) == (
         12.0,
         "finished",

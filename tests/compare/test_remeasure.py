@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from torch import Tensor, randn
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn, randn
 
 from qat_lightning.artifact import save_quantized
 from qat_lightning.compare import Run, compare
@@ -100,3 +101,45 @@ def test_networks_with_other_settings_are_timed_apart_although_they_look_alike(t
 def test_inputs_without_a_batch_of_other_lengths_are_not_the_same_inputs() -> None:
     assert _inputs(Example((randn(4, 3),))) == _inputs(Example((randn(8, 3),))), "samples of the same shape"
     assert _inputs(Example((randn(4, 3), randn(5)))) != _inputs(Example((randn(4, 3), randn(6))))
+
+
+class OfFour(Plain):
+    """A network that takes four samples only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).view(4, x.shape[0] // 4, -1)
+
+
+def test_a_network_that_cannot_run_one_sample_costs_no_other_its_timing(tmp_path: Path) -> None:
+    path = tmp_path / "four.int8"
+    save_quantized(quantize("fx", "x86", OfFour(), lambda _: ((randn(4, 3, 8, 8),), {})), path)
+    four = replace(qat("fx"), config=MODEL, model_file=str(path))
+    float_of_four = {"model": {"module": {"_target_": f"{__name__}.OfFour"}}}
+    said: list[str] = []
+    runs = [four, saved(tmp_path, "fx"), replace(saved(tmp_path, "fx"), config=float_of_four)]
+    first, second, third = remeasure(runs, said.append, rounds=3)
+    assert "int8/latency_ms" not in first.metrics
+    assert {"int8/latency_ms", "float/latency_ms"} <= second.metrics.keys()
+    assert "int8/latency_ms" in third.metrics
+    assert "float/latency_ms" not in third.metrics
+    faults = [text for text in said if "machine is busy" not in text]
+    assert len(faults) == 2
+    assert "four.int8 is not timed: it cannot run one sample (" in faults[0]
+    assert "the float network is not timed: it cannot run one sample (RuntimeError" in faults[1]
+
+
+class Parts(LightningModule):
+    """Part of its network is quantized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(Plain(), nn.Flatten(), nn.LazyLinear(2))
+
+
+@pytest.mark.parametrize("where", ["callbacks.qat", "quantization", "logged"])
+def test_the_float_network_is_the_part_that_was_quantized(where: str) -> None:
+    target = {"_target_": "qat_lightning.QuantizationAwareTraining", "module": "net.0"}
+    sections = {"callbacks.qat": {"callbacks": {"qat": target}}, "quantization": {"quantization": target}}
+    config = sections.get(where, {"quantization/method": "QuantizationAwareTraining", "quantization/module": "net.0"})
+    run = Run("a", "a", config=config | {"model": {"_target_": f"{__name__}.Parts"}})
+    assert isinstance(float_network(run), Plain)

@@ -43,17 +43,16 @@ def _run(options: argparse.Namespace) -> int:
     limits = Limits(options.max_drop, options.max_latency, options.max_size, options.prefer)
     if options.fail_if_none and not limits.given:
         raise ConfigurationError("--fail-if-none needs a limit: --max-drop, --max-latency or --max-size.")
+    targets = [options.json, options.csv, options.markdown, options.html]
+    _check(targets)
     runs = find_runs(options.paths) if options.paths else []
     runs += [run for address in options.wandb for run in find_online(address)]
+    settings = {"metric": options.metric, "larger_is_better": _LARGER[options.goal], "ignore": options.ignore}
+    comparison = compare(runs, **settings)
     if options.remeasure:
         runs = remeasure(runs, lambda text: Console(stderr=True).print(Text(text), soft_wrap=True))
-    comparison = compare(runs, metric=options.metric, larger_is_better=_LARGER[options.goal], ignore=options.ignore)
+        comparison = compare(runs, **settings)
     decision = decide(comparison, limits)
-    targets = [options.json, options.csv, options.markdown, options.html]
-    if targets.count("-") > 1:
-        raise ConfigurationError(
-            "Only one of --json, --csv and --markdown can go to stdout: name files for the others."
-        )
     writers: list[Callable[[], str]] = [
         partial(as_json, comparison, decision),
         partial(as_csv, comparison),
@@ -66,6 +65,17 @@ def _run(options: argparse.Namespace) -> int:
     if "-" not in targets:
         console().print(rich_table(comparison, decision))
     return NONE_QUALIFIES if options.fail_if_none and decision.winner is None else 0
+
+
+def _check(targets: Sequence[str | None]) -> None:
+    """Refuse files that cannot be written, before anything is read or timed."""
+    if targets.count("-") > 1:
+        raise ConfigurationError(
+            "Only one of --json, --csv and --markdown can go to stdout: name files for the others."
+        )
+    for target in targets:
+        if target not in (None, "-") and not Path(target).absolute().parent.is_dir():
+            raise ConfigurationError(f"{target} cannot be written: there is no folder {Path(target).parent}.")
 
 
 _LARGER = {"max": True, "min": False, None: None}

@@ -6,8 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from qat_lightning.callbacks.parts.settings_log import PREFIX
-from qat_lightning.compare.quantizing import part_of
+from qat_lightning.compare.quantizing import quantizes
 from qat_lightning.compare.run import Run
 from qat_lightning.compare.settings import flatten
 from qat_lightning.settings.variants import VARIANTS
@@ -34,8 +33,7 @@ def with_bare_tests(run: Run) -> Run:
     """
     if _has_variant(run.metrics):
         return run
-    flat = flatten(run.config)
-    if part_of(flat) or any(key.startswith((PREFIX, PREFIX.replace("/", "."))) for key in flat):
+    if quantizes(flatten(run.config)):
         return run
     found = {f"float/{key}": value for key, value in run.metrics.items() if _TEST.match(key)}
     return replace(run, metrics={**run.metrics, **found}) if found else run

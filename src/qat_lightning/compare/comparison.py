@@ -11,7 +11,7 @@ from qat_lightning.compare.bare import with_bare_tests
 from qat_lightning.compare.metric import Metric, choose_metric
 from qat_lightning.compare.noise import fastest_floats, why_noisy
 from qat_lightning.compare.pareto import pareto_front
-from qat_lightning.compare.quantizing import quantizes
+from qat_lightning.compare.quantizing import NAME, quantizes, under_one_name
 from qat_lightning.compare.run import Run, numbers
 from qat_lightning.compare.settings import ABSENT, Setting, differing, flatten, seed_of, training_of
 from qat_lightning.compare.spread import Spread, spread
@@ -119,8 +119,9 @@ def compare(
     """
     _check_any_finished(runs)
     runs = [with_bare_tests(replace(run, metrics=numbers(run.metrics))) for run in runs]
-    chosen = choose_metric(runs, metric, larger_is_better)
-    tested = [run for run in runs if run.status == "finished" and _variant(run, chosen)]
+    finished = [run for run in runs if run.status == "finished"]
+    chosen = choose_metric(finished, metric, larger_is_better)
+    tested = [run for run in finished if _variant(run, chosen)]
     settings = differing(tested, ignore)
     floats = _float_scores(tested, chosen, ignore)
     fastest = fastest_floats(tested, ignore)
@@ -240,8 +241,11 @@ def _drop(
 
 
 def _own_float(runs: Sequence[Run]) -> str:
-    if any(flatten(run.config).get("float_checkpoint", "null") != "null" for run in runs):
-        return "float_checkpoint"
+    key = "float_checkpoint"
+    for run in runs:
+        flat = under_one_name(flatten(run.config))
+        if any(flat.get(name, "null") != "null" for name in (key, f"{NAME}.{key}")):
+            return key
     return "float of the same run"
 
 

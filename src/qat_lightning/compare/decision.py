@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -101,30 +102,48 @@ def decide(comparison: Comparison, limits: Limits) -> Decision:
     shippable = [c for c in comparison.configurations if c.variant == "int8"]
     if not shippable:
         return Decision(None, None, "Nothing can be shipped: there is no int8 network with the metric.")
-    goal, fallen_back = _goal(comparison, limits)
-    if goal is None:
-        return Decision(None, None, f"No run is chosen by latency: {_noise(comparison)}")
     judged = [(configuration, _missed(configuration, comparison, limits)) for configuration in shippable]
-    ranked = sorted((c for c, missed in judged if not missed), key=lambda c: _rank(c, comparison, goal))
-    if not ranked:
+    kept = [configuration for configuration, missed in judged if not missed]
+    if not kept:
         closest, missed = min(judged, key=lambda pair: (len(pair[1]), sum(excess for _, excess in pair[1])))
         said = " and ".join(text for text, _ in missed)
-        kept = f"None of {_count(len(shippable), 'int8 ')} keeps {_asked(comparison, limits)}."
-        return Decision(None, None, f"{kept} Closest is {closest.label}, whose {said}.")
+        none = f"None of {_count(len(shippable), 'int8 ')} keeps {_asked(comparison, limits)}."
+        return Decision(None, None, f"{none} Closest is {closest.label}, whose {said}.")
+    goal, why = limits.goal, _why_not(limits.goal, kept, comparison)
+    if why and limits.prefer == goal:
+        return Decision(None, None, f"No run is chosen by {goal}: {why}")
+    note = f" {goal.capitalize()} is ignored: {why}" if why else _unknown(goal, kept)
+    goal = "score" if why else goal
+    ranked = sorted(kept, key=lambda c: _rank(c, comparison, goal))
     winner, runner_up = ranked[0], ranked[1] if len(ranked) > 1 else None
     best = f"{winner.label} {_among(goal, len(ranked), len(shippable), comparison, limits)}"
     reason = f"{best}: {_figure(winner, comparison, goal)}." + _against(winner, runner_up, comparison, goal)
-    if fallen_back:
-        reason += f" Latency is ignored: {_noise(comparison)}"
-    reason += _of_fewer_seeds(winner, limits, goal)
+    reason += note + _of_fewer_seeds(winner, limits, goal)
     return Decision(winner, runner_up, reason + _float_is_better(winner, comparison, goal))
 
 
-def _goal(comparison: Comparison, limits: Limits) -> tuple[Goal | None, bool]:
-    """Return what decides, and whether it replaces unreliable latencies; None if latency was asked for explicitly."""
-    if limits.goal != "latency" or not comparison.noisy:
-        return limits.goal, False
-    return (None, False) if limits.prefer == "latency" else ("score", True)
+def _why_not(goal: Goal, candidates: Sequence[Configuration], comparison: Comparison) -> str:
+    """Return why a goal cannot decide among candidates, and what to do; empty if it can."""
+    if goal == "latency" and comparison.noisy:
+        return _noise(comparison)
+    if any(_of(candidate, goal) is not None for candidate in candidates):
+        return ""
+    which = "the candidate" if len(candidates) == 1 else f"any of the {len(candidates)} candidates"
+    return f"it is not known of {which}. {_MEASURED_BY[goal]}"
+
+
+_MEASURED_BY = {
+    "latency": "--remeasure times saved int8 files (qat.save('<the run's folder>/model.int8')), and "
+    "evaluate_variants(trainer, model) logs it.",
+    "size": "evaluate_variants(trainer, model) logs it.",
+    "score": "",
+}
+
+
+def _unknown(goal: Goal, candidates: Sequence[Configuration]) -> str:
+    """Say which candidates do not have the figure that decides."""
+    unknown = [candidate.label for candidate in candidates if _of(candidate, goal) is None]
+    return f" The {goal} of {', '.join(unknown)} is not known." if unknown else ""
 
 
 def _noise(comparison: Comparison) -> str:
@@ -229,7 +248,8 @@ def _rank(configuration: Configuration, comparison: Comparison, goal: Goal) -> t
             return _WORSE_THAN_ANY
         return -figure.mean if axis == "score" and comparison.metric.larger_is_better else figure.mean
 
-    return tuple(cost(axis) for axis in (goal, *get_args(Goal)))
+    axes = (axis for axis in get_args(Goal) if not (axis == "latency" and comparison.noisy))
+    return tuple(cost(axis) for axis in (goal, *axes))
 
 
 def _missed(configuration: Configuration, comparison: Comparison, limits: Limits) -> list[tuple[str, float]]:

@@ -72,7 +72,7 @@ def choose_metric(runs: Sequence[Run], name: str | None = None, larger_is_better
     """Find the metric to compare by.
 
     Args:
-        runs: The runs.
+        runs: The finished runs.
         name: Its name without the variant's; by default the models' own (``model.metric``), otherwise an accuracy,
             another known score, a loss, or the only metric that exists.
         larger_is_better: Its direction; by default as stated by the models, or guessed from its name.
@@ -93,7 +93,7 @@ def choose_metric(runs: Sequence[Run], name: str | None = None, larger_is_better
         name = stated.logged("test") if stated and stated.logged("test") in names else _best(names)
     elif name not in names:
         raise ConfigurationError(
-            f"No run has the metric {name!r} of a variant. Available: {', '.join(names) or 'none'}."
+            f"No finished run has the metric {name!r} of a variant. Available: {', '.join(names) or 'none'}."
         )
     if larger_is_better is None and stated is not None and name.rpartition("/")[2] == stated.name:
         larger_is_better = stated.larger_is_better
@@ -137,7 +137,8 @@ def _best(names: Sequence[str]) -> str:
     raise ConfigurationError(
         f"Which metric is compared? Use --metric with one of {', '.join(names)}."
         if names
-        else "No run has a metric of a variant, such as int8/test/acc. evaluate_variants(trainer, model) logs them."
+        else "No finished run has a metric of a variant, such as int8/test/acc. "
+        "evaluate_variants(trainer, model) logs them."
     )
 
 

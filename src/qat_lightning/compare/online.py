@@ -44,7 +44,7 @@ def find_online(address: str, api: Any = None) -> list[Run]:
 
 def _run(run: Any) -> Run:
     rows = list(run.history(samples=_SAMPLES, pandas=False))
-    summary = dict(run.summary)
+    summary = run.summary_metrics  # plain: `summary` has mappings of its own class inside
     state = str(run.state)
     return Run(
         name=str(run.name),

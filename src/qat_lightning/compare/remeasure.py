@@ -20,7 +20,9 @@ from qat_lightning.artifact import load_quantized
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.callbacks.parts.network import Slot, find_networks
 from qat_lightning.compare.noise import network_settings
+from qat_lightning.compare.quantizing import NAME, under_one_name
 from qat_lightning.compare.run import Run
+from qat_lightning.compare.settings import flatten
 from qat_lightning.errors import ConfigurationError, QuantizationError
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.signature import one_sample
@@ -108,7 +110,24 @@ def _load(place: int, run: Run) -> tuple[_Timed | None, list[str]]:
     if not tree_leaves((int8.example.args, int8.example.kwargs)):
         faults.append(f"{Path(run.model_file).name} is not timed: it does not contain the shapes of its inputs.")
         return None, faults
+    if why := _why_not_run(int8, int8.example):
+        faults.append(f"{Path(run.model_file).name} is not timed: it cannot run one sample ({why}).")
+        return None, faults
+    if floating is not None and (why := _why_not_run(floating, int8.example)):
+        faults.append(f"the float network is not timed: it cannot run one sample ({why}).")
+        floating = None
     return _Timed(place, int8, floating, _network(run, floating)), faults
+
+
+def _why_not_run(network: nn.Module, example: Example) -> str:
+    """Return why a network does not run on one sample of an example; empty if it does."""
+    one = one_sample(example)
+    try:
+        with torch.no_grad():
+            network(*one.args, **one.kwargs)
+    except Exception as error:  # noqa: BLE001 - the network is the user's own code
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return ""
 
 
 def float_network(run: Run) -> nn.Module | None:
@@ -124,7 +143,8 @@ def float_network(run: Run) -> nn.Module | None:
         return None
     module: Any = instantiate(part)
     if isinstance(module, LightningModule):
-        (name, *_) = find_networks(module, OmegaConf.select(cfg, "quantization.module", default=None))
+        said = under_one_name(flatten(run.config)).get(f"{NAME}.module", "null")
+        (name, *_) = find_networks(module, None if said == "null" else said)
         module = Slot(module, name).get()
     found: nn.Module = module
     return found.cpu().float().eval()

@@ -7,11 +7,13 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.ladder.judgement import Drop, paired_drop
+from qat_lightning.ladder.target import Target
 
 METRIC = st.floats(-100, 100)
 PARTS = st.lists(st.tuples(METRIC, METRIC, st.integers(1, 64)), min_size=2, max_size=30)
@@ -22,7 +24,7 @@ def test_the_mean_is_weighted_by_samples_and_inside_of_the_interval(parts: list[
     base, other, samples = map(list, zip(*parts, strict=True))
     drop = paired_drop(base, other, samples, draws=200)
     wanted = np.average(np.subtract(base, other), weights=samples)
-    assert drop.mean == pytest.approx(wanted, abs=1e-9)
+    assert drop.mean == pytest.approx(wanted, abs=1e-4), "a millionth of the metric"
     assert drop.low <= drop.mean <= drop.high
     assert drop.parts == len(parts)
 
@@ -33,7 +35,7 @@ def test_what_both_have_in_common_does_not_matter(parts: list[tuple[float, float
     plain = paired_drop(base, other, samples, draws=100)
     moved = paired_drop([b + shift for b in base], [o + shift for o in other], samples, draws=100)
     for end in ("mean", "low", "high"):
-        assert getattr(moved, end) == pytest.approx(getattr(plain, end), abs=1e-6)
+        assert getattr(moved, end) == pytest.approx(getattr(plain, end), abs=2e-4)
 
 
 @given(PARTS)
@@ -89,3 +91,15 @@ def test_undecided_is_what_has_the_limit_inside() -> None:
 def test_what_is_no_pair_is_refused(pairs: tuple[list[float], list[float], list[int]]) -> None:
     with pytest.raises(ConfigurationError):
         paired_drop(*pairs)
+
+
+@given(right=st.integers(500, 1000), lost=st.integers(1, 20), parts=st.integers(1, 10))
+def test_a_drop_that_is_exactly_the_limit_keeps_it(right: int, lost: int, parts: int) -> None:
+    """Of 1000 images in 10 batches; metrics are float32."""
+    shares = [(right - lost * (place < parts), right) for place in range(10)]
+    base = [torch.tensor(of_float / 1000).item() for _, of_float in shares]
+    other = [torch.tensor(of_int8 / 1000).item() for of_int8, _ in shares]
+    drop = paired_drop(base, other, [100] * 10, draws=50)
+    limit = round(lost * parts / 10 / 1000, 8)  # as a person writes it
+    assert Target(max_drop=limit).missed(drop.mean, None, None) == {}
+    assert Target(max_drop=limit - 1e-5).missed(drop.mean, None, None).keys() == {"drop"}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from qat_lightning.compare.run import Run
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.run.evaluate import MEASURED
-from qat_lightning.run.metric import ModelMetric
+from qat_lightning.run.metric import ModelMetric, settled
 from qat_lightning.settings.variants import VARIANTS
 
 _BEST_FIRST = ("acc", "accuracy", "top1", "f1", "auroc", "map", "iou", "miou", "dice", "r2", "psnr")
@@ -61,11 +61,11 @@ class Metric:
         """Return how much worse a value is than the baseline, in the displayed unit; negative if it is better.
 
         Example:
-            >>> round(Metric("test/acc", is_share=True).loss(0.97, 0.98), 6)
+            >>> Metric("test/acc", is_share=True).loss(0.97, 0.98)
             1.0
         """
         worse = baseline - value if self.larger_is_better else value - baseline
-        return self.shown(worse)
+        return self.shown(settled(worse, max(abs(value), abs(baseline))))
 
 
 def choose_metric(runs: Sequence[Run], name: str | None = None, larger_is_better: bool | None = None) -> Metric:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from qat_lightning.errors import ConfigurationError
+from qat_lightning.run.metric import settled
 
 CONFIDENCE = 0.95
 DRAWS = 2000
@@ -118,10 +119,12 @@ def paired_drop(
     losses = np.asarray(base, np.float64) - np.asarray(other, np.float64)
     losses = losses if larger_is_better else -losses
     weights = np.asarray(samples, np.float64)
-    mean = float((weights * losses).sum() / weights.sum())
+    scale = max(map(abs, (*base, *other)))
+    mean = settled(float((weights * losses).sum() / weights.sum()), scale)
     if len(base) == 1:
         return Drop(mean, -math.inf, math.inf, 1)
     chosen = np.random.default_rng(0).integers(len(base), size=(draws, len(base)))
     means = (weights * losses)[chosen].sum(1) / weights[chosen].sum(1)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Drop(mean, min(float(low), mean), max(float(high), mean), len(base))
+    ends = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = (settled(float(end), scale) for end in ends)
+    return Drop(mean, min(low, mean), max(high, mean), len(base))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -57,3 +58,25 @@ class ModelMetric:
             'val/miou'
         """
         return f"{stage}/{self.name}"
+
+
+def settled(difference: float, scale: float) -> float:
+    """Round a difference of metrics to about a millionth of their scale: less is the rounding error of float32.
+
+    Args:
+        difference: The difference of two values of a metric, or a mean of such.
+        scale: The largest of the values.
+
+    Returns:
+        The difference with the decimals that count, so that a limit met exactly is kept.
+
+    Example:
+        >>> import torch
+        >>> first, second = torch.tensor([0.98, 0.977]).tolist()
+        >>> first - second <= 0.003, settled(first - second, 0.98) <= 0.003
+        (False, True)
+    """
+    resolved = 4e-7 * abs(scale)
+    if not math.isfinite(difference) or not 0 < resolved < math.inf:
+        return difference
+    return round(difference, math.floor(-math.log10(resolved)))

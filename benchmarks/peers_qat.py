@@ -238,7 +238,9 @@ def figures_of(name: str, seed: int, way: str, options: argparse.Namespace, resu
         return found
 
     try:
-        return results.once({"task": name, "seed": seed, "way": way}, measure)
+        data = options.photos if TASKS[name] is photos else options.cifar
+        settings = {"task": name, "seed": seed, "way": way, "data": str(data), "threads": options.threads}
+        return results.once(settings, measure)
     except NoFiguresError as error:
         print(f"left out: {name}, seed {seed}, {way}: {error}", flush=True)
         return str(error)

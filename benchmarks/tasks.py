@@ -246,18 +246,19 @@ def _fastest_file(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"file": fastest, "file_speedup": speeds[fastest]}
 
 
-def make_table(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> Table:
+def make_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return a table with one line per row."""
-    table = Table(title=f"tasks of train.py, seeds {', '.join(map(str, seeds))}", caption=describe())
-    columns = ("task", "network", "mode", "metric", "minus float", "won back", "file", "in process", "fastest file")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("task", "network", "mode") else "right")
+    table = Table(title="tasks of train.py", caption=describe())
+    words = ("task", "network", "mode", "seeds")
+    for column in (*words, "metric", "minus float", "won back", "file", "in process", "fastest file"):
+        table.add_column(column, justify="left" if column in words else "right")
     for row in rows:
         # ``drop`` is positive for a worse metric, whatever its direction
         table.add_row(
             row["task"],
             row["method"],
             ", ".join(row["modes"]),
+            ", ".join(map(str, row["seeds"])),
             f"{row['metric']} {row['score']:.4f}",
             _shown(-row["drop"] if "drop" in row else None, "{:+.4f}"),
             _shown(row.get("won_back"), "{:.0%}"),
@@ -270,6 +271,20 @@ def make_table(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> Table
 
 def _shown(value: float | None, layout: str) -> str:
     return "" if value is None else layout.format(value)
+
+
+def of_common_seeds(
+    found: Mapping[str, Mapping[int, dict[str, Any]]],
+) -> tuple[dict[str, list[dict[str, Any]]], list[int]]:
+    """Return the figures of each method for the seeds that every method with figures has, and those seeds.
+
+    Example:
+        >>> of_common_seeds({"float": {0: {"score": 1.0}, 1: {"score": 0.5}}, "ptq, per tensor": {1: {"score": 0.25}}})
+        ({'float': [{'score': 0.5}], 'ptq, per tensor': [{'score': 0.25}]}, [1])
+    """
+    having = {method: by_seed for method, by_seed in found.items() if by_seed}
+    seeds = [seed for seed in next(iter(having.values()), {}) if all(seed in own for own in having.values())]
+    return {method: [own[seed] for seed in seeds] for method, own in having.items() if seeds}, seeds
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -312,19 +327,21 @@ def main(words: Sequence[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     missing: list[str] = []
     for task in options.tasks:
-        found: dict[str, list[dict[str, Any]]] = {}
+        found: dict[str, dict[int, dict[str, Any]]] = {}
         for method in options.methods:
-            try:
-                found[method] = [runs.figures(task, method, seed) for seed in options.seeds]
-            except TimeIsUpError:
-                missing.append(f"{task}, {method}: the time was up")
-            except RunFailedError as error:
-                missing.append(str(error))
-        rows += summarize(task, found)
+            for seed in options.seeds:
+                try:
+                    found.setdefault(method, {})[seed] = runs.figures(task, method, seed)
+                except TimeIsUpError:
+                    missing.append(f"{task}, {method}, seed {seed}: the time was up")
+                except RunFailedError as error:
+                    missing.append(str(error))
+        figures, seeds = of_common_seeds(found)
+        rows += [row | {"seeds": seeds} for row in summarize(task, figures)]
     if options.json:
         print(json.dumps({"machine": describe(), "seeds": options.seeds, "rows": rows, "missing": missing}))
     else:
-        Console(width=150).print(make_table(rows, options.seeds))
+        Console(width=150).print(make_table(rows))
     for line in missing:
         print(f"missing: {line}", file=sys.stderr)
     return int(bool(missing))

@@ -29,7 +29,7 @@ def test_a_run_is_trained_once_and_one_that_the_time_ended_is_named(
     words = [*TINY, "--out", str(tmp_path), "--json"]
     assert tasks.main(words) == 1
     said = capsys.readouterr()
-    assert "missing: digits, qat, per channel: the time was up" in said.err
+    assert "missing: digits, qat, per channel, seed 0: the time was up" in said.err
     assert len(json.loads(said.out.splitlines()[-1])["rows"]) == 4
     trained.clear()
     assert tasks.main(words) == 0
@@ -61,6 +61,22 @@ def test_what_training_wins_back_is_a_share_of_what_ptq_of_its_granularity_loses
     smaller = {"float": [run(4.0, "min")], "ptq, per tensor": [run(5.0, "min")], "qat, per tensor": [run(4.25, "min")]}
     rows = {row["method"]: row for row in tasks.summarize("t", smaller)}
     assert (rows["ptq, per tensor"]["drop"], rows["qat, per tensor"]["won_back"]) == (1.0, 0.75)
+
+
+def test_a_seed_that_failed_costs_no_other_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(runs: tasks.Runs, words: Any, name: str) -> dict[str, Any]:
+        if name == "digits-ptq-per channel-0":
+            raise tasks.RunFailedError(f"{name}: it broke")
+        return run(0.5 + int(name[-1]) / 10)
+
+    monkeypatch.setattr(tasks.Runs, "_train", train)
+    words = ["--tasks", "digits", "--seeds", "0", "1", "2", "--methods", "float", "ptq, per channel"]
+    assert tasks.main([*words, "--formats", "--out", str(tmp_path), "--json"]) == 1
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["missing"] == ["digits-ptq-per channel-0: it broke"]
+    assert [(row["seeds"], row["score"]) for row in said["rows"]] == [([1, 2], pytest.approx(0.65))] * 2
 
 
 def test_a_task_on_data_of_your_own_needs_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from qat_lightning.compare import Limits, Run, compare, decide
-from qat_lightning.compare.table import as_csv, cells
+from qat_lightning.compare.table import as_csv, cells, markdown
 from qat_lightning.errors import ConfigurationError
 from tests.compare.making import configuration, plain, qat
 from tests.configs.conftest import CONF
@@ -247,3 +247,16 @@ def test_a_float_run_of_a_program_that_only_has_a_section_for_quantization_is_a_
     ]
     found = {c.variant: c for c in compare(runs).configurations}
     assert found["int8"].baseline == "float runs"
+
+
+def test_drops_against_different_floats_are_told_apart() -> None:
+    other = qat("pt2e", 0, 0.95)
+    other = dataclasses.replace(other, config=other.config | {"trainer": {"max_epochs": 60}})
+    compared = compare([plain(0, 0.98), qat("fx", 0, 0.97), other])
+    header, rows = cells(compared)
+    drops = {row[header.index("variant") - 1]: row[header.index("drop (pp)")] for row in rows}
+    assert sorted(drops.values()) == ["-5.00 *", "1.00", "–"]
+    text = markdown(compared, decide(compared, Limits()))
+    assert "against float of the same run, so drops with and without it do not compare" in text
+    (row,) = (row for row in csv.DictReader(io.StringIO(as_csv(compared))) if row["drop_mean"].startswith("-"))
+    assert (row["baseline"], row["noise"]) == ("float of the same run", "")

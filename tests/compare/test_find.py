@@ -1,14 +1,17 @@
+import functools
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 
 from qat_lightning.compare import find, find_runs
 from qat_lightning.compare.offline import join
-from qat_lightning.compare.run import Curve, Run, Status
+from qat_lightning.compare.run import Curve, Run, Status, curves_of
 from qat_lightning.errors import RunFileError
 from tests.compare.offline_runs import log_offline
 
@@ -115,7 +118,7 @@ def test_settings_that_ask_for_python_objects_are_not_obeyed(tmp_path: Path) -> 
     (tmp_path / "metrics.csv").write_text("step,int8/test/acc\n0,0.5\n")
     (tmp_path / "hparams.yaml").write_text(f"x: !!python/object/apply:os.mkdir ['{tmp_path / 'made'}']\n")
     (run,) = find_runs([tmp_path])
-    assert run.status == "unreadable"
+    assert run.config == {"x": f"os.mkdir ['{tmp_path / 'made'}']"}
     assert not (tmp_path / "made").exists()
 
 
@@ -184,3 +187,31 @@ def test_logs_that_a_trial_contains_are_read_once(tmp_path: Path, monkeypatch: p
     wandb_folders(tmp_path / "0" / "wandb", monkeypatch, {"offline-run-1-aaaa": part("finished", 0.0)})
     (run,) = find_runs([*(tmp_path / "0" / "wandb").iterdir(), tmp_path])
     assert run.overrides == ("mode=fx", "seed=1")
+
+
+def test_a_resumed_part_of_one_epoch_is_on_the_curve(tmp_path: Path) -> None:
+    rows = [{"step": step, "val/acc": step / 10} for step in range(4)]
+    parts = [Run("a", "a", curves=curves_of(some, "step")) for some in (rows[:3], rows[3:])]
+    assert join(parts).curves["val/acc"].steps == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_hyperparameters_that_are_python_objects_are_text(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="csv", version="")
+    given = {
+        "lr": np.logspace(-3, -2, 3)[1],
+        "act": nn.ReLU,
+        "data": tmp_path / "data",
+        "loss": nn.functional.cross_entropy,
+        "sizes": (3, 4),
+        "make": functools.partial(nn.Linear, 3),
+    }
+    logger.log_hyperparams(given)
+    logger.log_metrics({"test/acc": 0.9}, 1)
+    logger.save()
+    (run,) = find_runs([tmp_path / "csv"])
+    assert run.status == "finished"
+    assert run.config["act"] == "torch.nn.modules.activation.ReLU"
+    assert "cross_entropy" in run.config["loss"]
+    assert run.config["sizes"] == [3, 4]
+    assert set(run.config) == set(given)
+    assert run.config["lr"] == given["lr"]

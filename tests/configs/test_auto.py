@@ -20,6 +20,8 @@ from qat_lightning.ladder.app import climb
         (["target.max_drop=0.1", "recipe=distillation"], "chooses recipes"),
         (["target.max_drop=0.1", "quantization.rehearse=false"], "quantization.rehearse=False cannot be combined with"),
         (["target.max_drop=0.1", "export=torchscript"], r"ladder.files=\[torchscript\]"),
+        (["target.max_drop=0.1", "+ladder.training.trainer.max_epochs=3"], "ladder.training.trainer.max_epochs has no"),
+        (["target.max_drop=0.1", "paths.output_dir=s3://bucket/run"], "give hydra.run.dir=<a local folder>"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_trained(

@@ -136,6 +136,13 @@ def test_layers_that_are_wide_already_are_no_step() -> None:
     assert "wide_4_layers" in found
 
 
+def test_layers_with_few_bits_among_others_with_8_are_made_wide() -> None:
+    found = few_bits({"static": 0.5}, Scheme(overrides={"net.?": {"weight_bits": 4}}))
+    wide = found["wide_2_layers"].scheme
+    assert [wide.of(name).weight_bits for name in ("net.0", "net.1", "net.2")] == [8, 8, 4]
+    assert not [name for name in few_bits({"static": 0.5}, Scheme()) if name.startswith("wide")]
+
+
 def few_bits(helps: Mapping[str, float], scheme: Scheme, known: Known = KNOWN) -> dict[str, Plan]:
     """The plans of a ladder for accuracy, whose weights have few bits and whose network has blocks."""
     attempts: list[Attempt] = []

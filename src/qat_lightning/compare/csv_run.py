@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from qat_lightning.callbacks.quantization_monitor import FILE as LAYERS
@@ -48,16 +49,43 @@ def read_csv(folder: Path) -> Run:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a mapping of plain data from YAML.
 
+    Python objects among the values, as Lightning stores hyperparameters such as a path or a class, become text: nothing
+    is imported or created.
+
     Raises:
-        RunFileError: The file is not YAML, does not contain a mapping, or contains Python objects.
+        RunFileError: The file is not YAML, or does not contain a mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Plain)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, ValueError) as error:
         raise RunFileError(f"{path} cannot be read: {error}") from error
     if content is not None and not isinstance(content, dict):
         raise RunFileError(f"{path} is not a mapping of settings.")
     return content or {}
+
+
+class _Plain(yaml.SafeLoader):  # type: ignore[misc]
+    """Reads Python objects as text, and NumPy's numbers as numbers."""
+
+
+def _without_python(loader: Any, suffix: str, node: Any) -> Any:
+    """Return plain data for a Python object: its values, and the name of its class or function."""
+    name = suffix.rpartition(":")[2]
+    if isinstance(node, yaml.ScalarNode):
+        return node.value or name
+    is_mapping = isinstance(node, yaml.MappingNode)
+    values = loader.construct_mapping(node, deep=True) if is_mapping else loader.construct_sequence(node, deep=True)
+    match name.rpartition(".")[2], values:
+        case (("tuple" | "list" | "dict"), _):
+            return values
+        case "dtype", {"args": [kind, *_]}:
+            return kind
+        case "scalar", [str(kind), bytes(content)]:
+            return np.frombuffer(content, kind)[0].item()
+    return f"{name} {values}"
+
+
+_Plain.add_multi_constructor("tag:yaml.org,2002:python/", _without_python)
 
 
 def _last(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:

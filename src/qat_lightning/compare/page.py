@@ -186,16 +186,17 @@ def _run(run: Run) -> dict[str, Any]:
         "folder": run.folder,
         "seed": seed_of(run),
         "seconds": run.seconds,
-        "curves": {key: _thinned(curve) for key, curve in sorted(run.curves.items()) if _is_drawn(key)},
+        "curves": {key: _thinned(curve) for key, curve in sorted(run.curves.items()) if _is_drawn(key, curve)},
         "events": _events(run),
         "layers": run.layers,
     }
 
 
-def _is_drawn(key: str) -> bool:
-    """Whether to draw a curve; not flags of the schedule (drawn as vertical lines) and not curves per layer."""
+def _is_drawn(key: str, curve: Curve) -> bool:
+    """Whether to draw a curve; not flags of the schedule (drawn as vertical lines), curves per layer, single points."""
     flags = [flag for _, flag, _ in _EVENTS]
-    return key not in flags and not key.startswith(_VARIANTS) and not (key.startswith("quant/") and key.count("/") > 1)
+    is_layer = key.startswith("quant/") and key.count("/") > 1
+    return len(curve.steps) > 1 and key not in flags and not key.startswith(_VARIANTS) and not is_layer
 
 
 def _thinned(curve: Curve) -> Curve:

@@ -97,11 +97,11 @@ def curves_of(rows: Iterable[Mapping[str, Any]], step_key: str) -> dict[str, Cur
         step_key: The key of the optimizer step.
 
     Returns:
-        Curves of metrics that were logged more than once, without the logger's internal values.
+        The curves, without the logger's internal values.
 
     Example:
         >>> curves_of([{"step": 0, "loss": 2.0}, {"loss": 1.5}, {"step": 9, "loss": 1.0, "acc": 0.5}], "step")
-        {'loss': Curve(steps=[0.0, 0.0, 9.0], values=[2.0, 1.5, 1.0])}
+        {'loss': Curve(steps=[0.0, 0.0, 9.0], values=[2.0, 1.5, 1.0]), 'acc': Curve(steps=[9.0], values=[0.5])}
     """
     curves: dict[str, Curve] = {}
     step = 0.0
@@ -113,4 +113,4 @@ def curves_of(rows: Iterable[Mapping[str, Any]], step_key: str) -> dict[str, Cur
                 curve = curves.setdefault(key, Curve([], []))
                 curve.steps.append(step)
                 curve.values.append(value)
-    return {key: curve for key, curve in curves.items() if len(curve.steps) > 1}
+    return curves

@@ -22,6 +22,7 @@ from qat_lightning.compare.terminal_table import TerminalTable
 
 FRONT = "●"  # on the Pareto front
 NOISY = "?"  # a latency measured while other work was running
+OTHER = "*"  # a drop relative to another float network
 _FIGURES = ("score", "drop", "latency_ms", "size_mb", "speedup", "agreement")
 
 
@@ -63,7 +64,9 @@ def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
             *named,
             configuration.variant,
             _with_spread(configuration.score, seeds, 2 if metric.is_share else 4, 100 if metric.is_share else 1),
-            _with_spread(configuration.drop, seeds, 2 if metric.is_share else 4),
+            _of_own_float(
+                _with_spread(configuration.drop, seeds, 2 if metric.is_share else 4), configuration, comparison
+            ),
             _marked(_with_spread(configuration.latency_ms, seeds, 3), configuration),
             _with_spread(configuration.size_mb, seeds, 3),
             _marked(_with_spread(configuration.speedup, seeds, 2), configuration),
@@ -84,6 +87,21 @@ def _with_spread(figure: Spread | None, seeds: int, digits: int, factor: float =
     spread = "" if figure.deviation is None else f" ± {factor * figure.deviation:.{digits}f}"
     own = "" if figure.seeds == seeds else f" (n={figure.seeds})"
     return f"{round(factor * figure.mean, digits) + 0.0:.{digits}f}{spread}{own}"  # + 0.0: never -0.00
+
+
+def _of_own_float(figure: str, configuration: Configuration, comparison: Comparison) -> str:
+    """Mark a drop whose float is another than that of the first configuration that has one, so they do not compare."""
+    return f"{figure} {OTHER}" if _is_other(configuration, comparison) else figure
+
+
+def _is_other(configuration: Configuration, comparison: Comparison) -> bool:
+    return bool(configuration.baseline) and configuration.baseline != _baselines(comparison)[0]
+
+
+def _baselines(comparison: Comparison) -> list[str]:
+    """Return what drops are relative to; float runs first."""
+    found = dict.fromkeys(c.baseline for c in comparison.configurations if c.baseline)
+    return sorted(found, key=lambda baseline: baseline != "float runs")
 
 
 def _marked(figure: str, configuration: Configuration) -> str:
@@ -108,7 +126,7 @@ def as_csv(comparison: Comparison) -> str:
     writer = csv.writer(out, lineterminator="\n")
     labels = [setting.label for setting in comparison.settings]
     figures = [f"{figure}_{part}" for figure in _FIGURES for part in Spread._fields]
-    writer.writerow(["configuration", *labels, "variant", "n", "on_front", *figures])
+    writer.writerow(["configuration", *labels, "variant", "n", "on_front", *figures, "baseline", "noise"])
     for configuration in comparison.configurations:
         spreads = [getattr(configuration, figure) for figure in _FIGURES]
         numbers = [number for spread in spreads for number in spread or [None] * len(Spread._fields)]
@@ -119,6 +137,8 @@ def as_csv(comparison: Comparison) -> str:
                 configuration.score.seeds,
                 int(configuration.on_front),
                 *("" if number is None else number for number in numbers),
+                configuration.baseline,
+                configuration.noise,
             ]
         )
     return out.getvalue()
@@ -179,9 +199,11 @@ def _caption(comparison: Comparison) -> str:
             )
     if comparison.noisy:
         lines.append("Latency is ignored: --remeasure on an idle machine times the int8 files and float again.")
-    baselines = list(dict.fromkeys(c.baseline for c in comparison.configurations if c.baseline))
-    if baselines:
-        lines.append(f"Drop against float, paired by seed: {', '.join(baselines)}.")
+    if baselines := _baselines(comparison):
+        lines.append(f"Drop against float, paired by seed: {baselines[0]}.")
+    for other in baselines[1:]:
+        labels = [c.label for c in comparison.configurations if c.baseline == other]
+        lines.append(f"{OTHER} {', '.join(labels)}: against {other}, so drops with and without it do not compare.")
     if any(c.baseline == "float of the same run" for c in comparison.configurations):
         lines.append(
             "Float of the same run: with QAT the network when fake-quantization was enabled, trained for less time."

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from qat_lightning.callbacks.parts.checkpoint_io import read_float_state
 from qat_lightning.callbacks.parts.network import Slot, find_networks
 from qat_lightning.compare.ladder import FOLDER
+from qat_lightning.compare.settings import flatten
 from qat_lightning.errors import CombinationError
 from qat_lightning.ladder.reached import Reached
 from qat_lightning.ladder.search import reach, without_banners
@@ -114,6 +115,18 @@ def _check(cfg: DictConfig) -> None:
         raise CombinationError(
             f"quantization.{others[0]}={cfg.quantization[others[0]]} cannot be combined with method=auto: leave it "
             "out, or use method=ptq."
+        )
+    of_training = OmegaConf.to_container(cfg.ladder.training)
+    others = [key for key in flatten(of_training) if not key.startswith("model.module.")]  # type: ignore[arg-type]
+    if others:
+        raise CombinationError(
+            f"ladder.training.{others[0]} has no effect: the short and long trainings have settings of their own for "
+            f"ladder.training.model.module only. Give {others[0]}= for all trainings."
+        )
+    if not isinstance(place(str(cfg.paths.output_dir)), Path):
+        raise CombinationError(
+            f"The search cannot be stored at {cfg.paths.output_dir}: give hydra.run.dir=<a local folder> with "
+            "method=auto."
         )
     if OmegaConf.is_config(cfg.quantization.backend):
         raise CombinationError(

@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.signature import batch_size
 from qat_lightning.ladder.costs import Part
-from qat_lightning.ladder.parts import only_loader
 from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.workshop import Workshop
 from qat_lightning.recipes.adaround import AdaRound, adaround
@@ -129,7 +129,30 @@ def _lengths(trainer: Trainer) -> tuple[float, float]:
     """The numbers of training and validation batches; infinite for a loader without a length."""
     datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
     datamodule.setup("fit")
-    return _length(only_loader(datamodule.train_dataloader())), _length(only_loader(datamodule.val_dataloader()))
+    train, val = datamodule.train_dataloader(), datamodule.val_dataloader()
+    return batches_of(train, "max_size_cycle"), batches_of(val, "sequential")
+
+
+def batches_of(loaders: Any, mode: Literal["max_size_cycle", "sequential"]) -> float:
+    """The number of batches of one iteration over a loader, or over a collection of them as Lightning combines it.
+
+    Args:
+        loaders: One loader, a collection of them, or a CombinedLoader, which keeps its mode.
+        mode: Lightning's default: ``"max_size_cycle"`` in training, ``"sequential"`` in evaluation.
+
+    Returns:
+        The number; infinite if it depends on a loader without a length.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> loaders = {"a": DataLoader(range(4)), "b": DataLoader(range(3))}
+        >>> batches_of(loaders, "max_size_cycle"), batches_of(CombinedLoader(loaders, "min_size"), "sequential")
+        (4, 3)
+    """
+    combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, mode)
+    lengths = [_length(loader) for loader in combined.flattened if loader is not None]
+    over: dict[str, Callable[[list[float]], float]] = {"min_size": min, "sequential": sum}
+    return over.get(combined._mode, max)(lengths) if lengths else 0
 
 
 def _length(loader: Any) -> float:

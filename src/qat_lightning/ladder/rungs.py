@@ -151,7 +151,7 @@ _FEW_BITS = 4
 def _wide(plan: Plan, known: Known, *, count: int) -> Plan | None:
     """8 bits for the most sensitive layers, if weights have fewer and these are at most half of all layers."""
     scheme, ranking = plan.scheme, known.ranking
-    if plan.epochs or ranking is None or 2 * count > len(ranking) or scheme.weight_bits == _WIDE["weight_bits"]:
+    if plan.epochs or ranking is None or 2 * count > len(ranking) or _fewest_bits(scheme) == _WIDE["weight_bits"]:
         return None
     changes = dict.fromkeys(ranking[:count], _WIDE)
     overrides = Overrides.checked(scheme.overrides).with_layers(changes, {"weight_bits": scheme.weight_bits})

@@ -200,6 +200,8 @@ class Trial:
         agents = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ and not self.of_sweep else None
         run_id = cfg.run.id or agents or begun.get("wandb_id") or secrets.token_hex(4)
         last = self.folder / "checkpoints" / "last.ckpt"
+        if not goes_on and last.is_file() and Path(cfg.ckpt_path or "").absolute() != last.absolute():
+            last.replace(last.with_name("earlier.ckpt"))  # of another launch, from which this one must never resume
         checkpoint = cfg.ckpt_path or (str(last) if goes_on and last.is_file() else None)
         write_json(self.folder / IDENTITY, {"overrides": self.overrides, "wandb_id": run_id, "ckpt_path": checkpoint})
         group = cfg.run.group or (_sweep_name() if self.of_sweep else f"{cfg.data.name}-{cfg.model.name}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat_lightning import Example, Recipe, calibrate, convert, prepare
+from qat_lightning import Example, Recipe, calibrate, convert, export_quantized, prepare, quantize
 from qat_lightning.errors import ConversionError
 from qat_lightning.export.program import int8_network
 from qat_lightning.modes.eager.mode import EagerMode
@@ -83,3 +86,17 @@ def test_an_export_leaves_float_what_a_conversion_leaves_float(monkeypatch: pyte
     int8 = int8_network(prepared, Example((x,)))
     assert [row.quantized for row in int8.coverage] == [True, False]
     assert "2" not in prepared_state(prepared).left_float, "the prepared network is not changed"
+
+
+@pytest.mark.parametrize("form", [torch.Tensor, tuple, list, dict, Example], ids=lambda form: form.__name__)
+def test_a_call_is_given_in_any_form(form: Any, tmp_path: Path) -> None:
+    x = torch.randn(8, 4)
+    call = {torch.Tensor: x, tuple: (x,), list: [x], dict: {"input": x}, Example: Example((x,))}[form]
+    network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    prepared = prepare(network, call, Recipe("fx", "x86", kind="static"))
+    calibrate(prepared, [call])
+    int8 = convert(prepared, call)
+    assert int8.coverage[0].quantized
+    (result,) = export_quantized(int8, tmp_path, ["torchscript"], example=call, batches=[call], min_agreement=0)
+    assert not result.error
+    assert quantize(network, call, Recipe("eager", "x86", kind="dynamic")).coverage[0].quantized

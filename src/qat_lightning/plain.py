@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.export.conversion import int8_of
-from qat_lightning.graph.example import Example
+from qat_lightning.graph.example import Example, example_of
 from qat_lightning.graph.training_flags import parts_keep_training
 from qat_lightning.modes.layer_schemes import check_overrides_of
 from qat_lightning.modes.left_float import leaving_float
@@ -17,13 +19,17 @@ from qat_lightning.modes.registry import mode_for
 from qat_lightning.rehearsal.faults import quantize_what_can_be
 from qat_lightning.settings.recipe import Recipe
 
+Call: TypeAlias = Example | Tensor | Sequence[Any] | Mapping[str, Any]
+"""One call of a network: an `Example`, the only input, positional inputs, or keyword inputs."""
 
-def prepare(network: nn.Module, example: Example, recipe: Recipe) -> nn.Module:
+
+def prepare(network: nn.Module, example: Call, recipe: Recipe) -> nn.Module:
     """Insert fake-quantization into a network, to train or calibrate it.
 
     Args:
         network: The float network, on the CPU. Some modes change it, so continue with the returned module.
-        example: One call of it, with a batch of 2 or more samples.
+        example: One call of it, with a batch of 2 or more samples: an `Example`, a tuple of positional inputs, a
+            mapping of keyword inputs, or one tensor.
         recipe: Mode, backend, scheme, kind and choice of layers: ``"qat"`` to train, ``"static"`` to calibrate, and the
             other kinds, with ``trained=True``, to train.
 
@@ -50,15 +56,15 @@ def prepare(network: nn.Module, example: Example, recipe: Recipe) -> nn.Module:
     """
     check_overrides_of({"": network}, recipe)
     with parts_keep_training(network) as keep:
-        return keep(mode_for(recipe).prepare(network, example, recipe))
+        return keep(mode_for(recipe).prepare(network, example_of(example), recipe))
 
 
-def convert(prepared: nn.Module, example: Example) -> QuantizedNetwork:
+def convert(prepared: nn.Module, example: Call) -> QuantizedNetwork:
     """Convert a prepared network to int8 and verify it. Layers that cannot be int8 are left float in both.
 
     Args:
         prepared: A network from `prepare`, trained or calibrated.
-        example: A real call, on which it is verified.
+        example: A real call, on which it is verified, in the forms of `prepare`.
 
     Returns:
         The int8 network on the CPU; its ``coverage`` lists what is int8, and why the rest is not.
@@ -68,15 +74,15 @@ def convert(prepared: nn.Module, example: Example) -> QuantizedNetwork:
         NetworkError: No layer can be int8.
     """
     _warn_of_detour(prepared_state(prepared).recipe)
-    return int8_of(prepared, example, "convert")
+    return int8_of(prepared, example_of(example), "convert")
 
 
-def quantize(network: nn.Module, example: Example, recipe: Recipe) -> QuantizedNetwork:
+def quantize(network: nn.Module, example: Call, recipe: Recipe) -> QuantizedNetwork:
     """Quantize a float network without training or calibration.
 
     Args:
         network: The float network; not changed.
-        example: One call of it.
+        example: One call of it, in the forms of `prepare`.
         recipe: A recipe of kind ``"dynamic"`` or ``"weight_only"``.
 
     Raises:
@@ -93,6 +99,7 @@ def quantize(network: nn.Module, example: Example, recipe: Recipe) -> QuantizedN
     """
     check_overrides_of({"": network}, recipe)
     _warn_of_detour(recipe)
+    example = example_of(example)
     conversion = quantize_what_can_be(network, example, recipe)
     return QuantizedNetwork(
         conversion.converted, leaving_float(recipe, conversion.left_float, ""), example, source="the float network"

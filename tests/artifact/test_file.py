@@ -14,7 +14,7 @@ from torch import nn
 
 from qat_lightning.artifact import artifact_bytes, load_quantized, save_quantized
 from qat_lightning.artifact.quantized import QuantizedNetwork
-from qat_lightning.errors import ArtifactError, QuantizationError
+from qat_lightning.errors import ArtifactError, ConfigurationError, QuantizationError
 from tests.artifact.making import quantize, read, write
 from tests.support.networks import Plain
 
@@ -172,3 +172,8 @@ def test_device_files_are_not_replaced(quantized: QuantizedNetwork) -> None:
 def test_a_file_as_folder(quantized: QuantizedNetwork, path: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot be written"):
         save_quantized(quantized, path / "inside.int8")
+
+
+def test_a_class_in_place_of_the_network_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"network=<class .*Linear'> is not a network: give an instance"):
+        load_quantized(tmp_path / "any.int8", network=nn.Linear)  # type: ignore[arg-type]

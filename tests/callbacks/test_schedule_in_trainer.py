@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,7 +252,13 @@ def test_the_best_checkpoint_is_one_of_the_network_that_rounds(reset: bool, tmp_
     stop = EarlyStopping("score", mode="max", patience=3, check_on_train_epoch_end=True)
     callback = qat(start=2, reset_best_on_start=reset)
     fitting = trainer(callback, stop, best, max_epochs=5, enable_checkpointing=True)
-    fitting.fit(Scores(), loader())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fitting.fit(Scores(), loader())
+    older = [text for text in map(str, (one.message for one in said)) if "is from before start={epoch: 2}" in text]
+    assert [best.best_model_path in text and "reset_best_on_start=True" in text for text in older] == [True] * (
+        not reset
+    )
     assert Path(best.best_model_path).name == ("epoch=2.ckpt" if reset else "epoch=0.ckpt")
     assert fitting.current_epoch == (5 if reset else 4)
     assert stop.best_score == (1 / 3 if reset else 1.0)
@@ -258,6 +266,58 @@ def test_the_best_checkpoint_is_one_of_the_network_that_rounds(reset: bool, tmp_
 
 @pytest.mark.parametrize("make", [Lit, TwoOptimizers])
 def test_fast_dev_run(make: Callable[[], Lit]) -> None:
-    callback = qat(start=0.5)
-    trainer(callback, fast_dev_run=True).fit(make(), loader(), loader())
+    callback = qat(start=0.3, freeze_observers=0.7, freeze_batchnorm=0.7)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer(callback, fast_dev_run=True).fit(make(), loader(), loader())
     assert callback.quantized is not None
+    assert not [one for one in said if "start=" in str(one.message)], "one step reaches nothing"
+
+
+def test_a_checkpoint_knows_that_an_older_one_is_the_best(tmp_path: Path) -> None:
+    """The warning is given at the end of the resumed fit too."""
+    settings: dict[str, Any] = {
+        "monitor": "score",
+        "mode": "max",
+        "filename": "{epoch}",
+        "save_on_train_epoch_end": True,
+    }
+    first = ModelCheckpoint(tmp_path, save_last=True, **settings)
+    trainer(qat(start=1), first, max_epochs=2, enable_checkpointing=True).fit(Scores(), loader())
+    resumed = trainer(qat(start=1), ModelCheckpoint(tmp_path, **settings), max_epochs=3, enable_checkpointing=True)
+    with pytest.warns(UserWarning, match="epoch=0.ckpt, is from before start={epoch: 1}"):
+        resumed.fit(Scores(), loader(), ckpt_path=str(tmp_path / "last.ckpt"))
+
+
+def test_ranges_frozen_before_rounding_begins_are_warned_of() -> None:
+    says = r"freeze_observers=\{epoch: 1\} \(step 4\) comes before start=\{epoch: 2\} \(step 8\)"
+    with pytest.warns(UserWarning, match=says):
+        trainer(qat(start=2, freeze_observers=1), max_epochs=3).fit(Lit(), loader())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*comes before start.*")
+        for settings in ({"start": 1, "freeze_observers": 1}, {"start": 1, "freeze_observers": {"step": 9}}):
+            trainer(qat(**settings), max_epochs=3).fit(Lit(), loader())
+
+
+class Breaks(Lit):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.global_step == 3:
+            raise ValueError("a mistake")
+        loss: Tensor = super().training_step(batch, batch_idx)
+        return loss
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_an_interruption_names_a_checkpoint_only_if_there_is_one(
+    saves: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = qat(start=0)
+    others = [ModelCheckpoint(tmp_path, every_n_train_steps=2)] if saves else []
+    with caplog.at_level(logging.INFO), pytest.raises(ValueError, match="a mistake"):
+        trainer(callback, *others, max_epochs=2, enable_checkpointing=saves).fit(Breaks(), loader())
+    assert "was interrupted at step 3 by ValueError" in caplog.text
+    (path,) = [*map(str, tmp_path.glob("*.ckpt"))] or [""]
+    says = f"resume with trainer.fit(..., ckpt_path={path!r})" if saves else "no checkpoint was written to resume from"
+    assert says in caplog.text
+    callback.convert()
+    assert callback.quantized is not None, "as the message says"

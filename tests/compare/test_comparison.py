@@ -260,3 +260,22 @@ def test_drops_against_different_floats_are_told_apart() -> None:
     assert "against float of the same run, so drops with and without it do not compare" in text
     (row,) = (row for row in csv.DictReader(io.StringIO(as_csv(compared))) if row["drop_mean"].startswith("-"))
     assert (row["baseline"], row["noise"]) == ("float of the same run", "")
+
+
+def test_what_separates_a_run_from_the_float_runs_is_said_with_the_remedy() -> None:
+    own = {"callbacks": {"qat": {"_target_": "qat_lightning.QuantizationAwareTraining"}}}
+    float_run = Run("float", "f", config={"lr": 0.01, "width": 8, "seed": 0}, metrics={"test/acc": 0.98})
+    other = Run("wide", "w", config={"lr": 0.1, "width": 16, "seed": 0}, metrics={"test/acc": 0.99})
+    quantized = Run("q", "q", config={"lr": 0.001, "width": 8, "seed": 0} | own, metrics={"int8/test/acc": 0.97})
+    compared = compare([float_run, other, quantized])
+    says = "no float run has the same training: float has another lr; with --ignore 'lr' they are compared"
+    assert says in decide(compared, Limits(max_drop=2)).reason
+    assert "No float run has the same training: float has another lr" in markdown(compared, decide(compared, Limits()))
+    labels = {c.variant: c.label for c in compared.configurations if c.score.mean != 0.99}
+    assert labels["int8"].startswith("qat")
+    (found,) = (c for c in compare([float_run, other, quantized], ignore=["lr"]).configurations if c.variant == "int8")
+    assert found.drop is not None
+    assert (found.drop.mean, found.unpaired) == (pytest.approx(1.0), "")
+    later = dataclasses.replace(quantized, config=quantized.config | {"lr": 0.01, "seed": 4})
+    (found,) = (c for c in compare([float_run, later]).configurations if c.variant == "int8")
+    assert found.unpaired == "no float run has the seed 4"

@@ -19,7 +19,7 @@ from qat_lightning.export import FORMATS, ExportResult, get_format
 from qat_lightning.export.formats import check_formats
 from qat_lightning.export.protocol import Source
 from qat_lightning.export.remote import Server
-from qat_lightning.export.run import open_artifact
+from qat_lightning.export.run import open_artifact, overflow_here
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.prepared import cpu_copy, set_phase
 from qat_lightning.modes.registry import get_mode
@@ -338,3 +338,14 @@ def test_one_wrong_output_beside_right_ones_leaves_no_file(tmp_path: Path) -> No
     assert "['scores']: 6.0 dB" in result.error
     assert result.agreement == 1.0
     assert [path.name for path in tmp_path.iterdir()] == ["export.json"]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_files_that_may_overflow_here_are_said_before_training(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "onednn_is_exact", lambda: exact)
+    said = overflow_here(["torchscript", "openvino", "onnx"], Recipe("fx", "x86"))
+    assert said.startswith("export=onnx,openvino may compute different values here") == (not exact)
+    assert ("backend='fbgemm'" in said) == (not exact)
+    assert not overflow_here(["torchscript", "executorch"], Recipe("fx", "x86"))
+    assert not overflow_here(["onnx"], Recipe("fx", "fbgemm"))
+    assert not overflow_here(["onnx"], Recipe("fx", "x86", SEVEN_BITS))

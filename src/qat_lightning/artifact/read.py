@@ -95,6 +95,10 @@ def quantized_from_bytes(data: bytes, network: nn.Module | None = None, trusted:
 def _load(
     source: Place | io.BytesIO, path: Any, network: nn.Module | None, trusted: bool, runtime: Runtime | None
 ) -> QuantizedNetwork:
+    if network is not None and not isinstance(network, nn.Module):
+        raise ConfigurationError(
+            f"network={network!r} is not a network: give an instance of the float network, such as network=Net()."
+        )
     description, data = _read(source, path)
     try:
         recipe = _with_runtime(_decode_recipe(description["recipe"]), runtime)

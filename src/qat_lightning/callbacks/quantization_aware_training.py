@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from qat_lightning.callbacks.parts.arguments import check_file, check_flag, check_stages
-from qat_lightning.callbacks.parts.best import forget_best
+from qat_lightning.callbacks.parts.best import BestCheckpoints
 from qat_lightning.callbacks.parts.between_processes import (
     copy_buffers_from_first_process,
     reduce_ranges_while_observed,
@@ -224,6 +224,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         floats = FloatWeights(networks, check_file("float_checkpoint", float_checkpoint))
         check_flag("reset_best_on_start", reset_best_on_start)
         self.reset_best_on_start = reset_best_on_start
+        self._best = BestCheckpoints(reset=reset_best_on_start)
         self.bias_correction_batches = bias_correction_batches
         self.sequential_mse_batches = sequential_mse_batches
         check_flag("compile", compile)
@@ -370,8 +371,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             if trainer.world_size > 1:  # each process has its own BatchNorm statistics until the next step
                 copy_buffers_from_first_process(self._networks.prepared)
             self._floats.keep(step)
-        if self.reset_best_on_start and step > 0:
-            forget_best(trainer)
+        if step > 0:
+            self._best.begin(trainer)
 
     def _apply(self, phase: Phase) -> None:
         if phase != self.phase:
@@ -408,7 +409,8 @@ class QuantizationAwareTraining(QuantizationCallback):
                 "fake-quantization."
             )
             return
-        if not self.phase.fake_quant:
+        self._best.report(trainer, self.schedule.start)
+        if not self.phase.fake_quant and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(
                 f"The fit ended at step {trainer.global_step} before fake-quantization was enabled "
                 f"(start={self.schedule.start}), so the int8 network was not trained for its grid. Train longer, or "
@@ -456,12 +458,14 @@ class QuantizationAwareTraining(QuantizationCallback):
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the schedule, and the float weights to compare with."""
         phase = dataclasses.asdict(self.phase)
-        return {"phase": phase, **self._floats.state_dict(), "schedule": self._driver.state_dict()}
+        parts = self._floats.state_dict() | self._best.state_dict()
+        return {"phase": phase, **parts, "schedule": self._driver.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._driver.load_state_dict(state_dict.get("schedule", {}))
         self._floats.load_state_dict(state_dict)
+        self._best.load_state_dict(state_dict)
         self._apply(Phase(**state_dict["phase"]))
 
     # End

@@ -21,11 +21,11 @@ from torch import nn
 
 from qat_lightning.callbacks.parts.arguments import check_flag, check_names
 from qat_lightning.callbacks.parts.calibration_data import calibration_loader, run_in_steps
-from qat_lightning.callbacks.parts.calibration_source import example_of
 from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
 from qat_lightning.callbacks.quantization_callback import QuantizationCallback
 from qat_lightning.callbacks.weight_oscillations import WeightOscillations
 from qat_lightning.errors import ConfigurationError, QuantizationError
+from qat_lightning.graph.example import example_of
 from qat_lightning.measure.layer_figures import LayerFigures
 from qat_lightning.measure.monitoring import COLUMNS, FIGURES, Probe, totals
 from qat_lightning.storage import Place, is_file, join, open_to_append, place

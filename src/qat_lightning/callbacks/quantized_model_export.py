@@ -26,7 +26,7 @@ from qat_lightning.callbacks.quantization_callback import QuantizationCallback
 from qat_lightning.errors import CombinationError, ConfigurationError, ExportError, QuantizationError
 from qat_lightning.export.formats import FORMATS, check_formats
 from qat_lightning.export.result import ExportResult, export_table, fastest
-from qat_lightning.export.run import export_quantized, open_artifact
+from qat_lightning.export.run import export_quantized, open_artifact, overflow_here
 from qat_lightning.graph.example import Example
 from qat_lightning.measure.wandb_views import log_artifact
 from qat_lightning.modes.prepared import prepared_state
@@ -134,6 +134,7 @@ class QuantizedModelExport(Callback):
                 quantized, folder, self.formats, reference=reference, min_agreement=0, min_sqnr_db=0
             )
         found = [f"export={result.format}, in the rehearsal: {result.remark}" for result in results if result.remark]
+        found += list(filter(None, [overflow_here(self.formats, quantized.recipe)]))
         failed = {result.format: result.error for result in results if result.error}
         if not failed:
             return found

@@ -13,7 +13,7 @@ from qat_lightning.compare.noise import fastest_floats, why_noisy
 from qat_lightning.compare.pareto import pareto_front
 from qat_lightning.compare.quantizing import NAME, quantizes, under_one_name
 from qat_lightning.compare.run import Run, numbers
-from qat_lightning.compare.settings import ABSENT, Setting, differing, flatten, seed_of, training_of
+from qat_lightning.compare.settings import ABSENT, Setting, differing, flatten, seed_of, training_of, training_settings
 from qat_lightning.compare.spread import Spread, spread
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.settings.variants import VARIANTS
@@ -36,6 +36,7 @@ class Configuration:
         speedup: Speed relative to float on the same machine, in the same run.
         agreement: Share of outputs with the same class as fake-quant.
         baseline: What ``drop`` is relative to.
+        unpaired: Why no float run is its baseline, if there are float runs.
         noise: Why its latency is unreliable; empty if it is reliable.
         on_front: Whether no other configuration beats it in score, latency and size by more than a tolerance.
     """
@@ -51,6 +52,7 @@ class Configuration:
     speedup: Spread | None = None
     agreement: Spread | None = None
     baseline: str = ""
+    unpaired: str = ""
     noise: str = ""
     on_front: bool = False
 
@@ -123,12 +125,15 @@ def compare(
     chosen = choose_metric(finished, metric, larger_is_better)
     tested = [run for run in finished if _variant(run, chosen)]
     settings = differing(tested, ignore)
-    floats = _float_scores(tested, chosen, ignore)
+    float_runs = [run for run in tested if _is_float(run, chosen)]
+    floats = _float_scores(float_runs, chosen, ignore)
     fastest = fastest_floats(tested, ignore)
     folded: dict[tuple[str, ...], list[Run]] = {}
     for row, run in enumerate(tested):
         folded.setdefault(tuple(setting.values[row] for setting in settings), []).append(run)
-    found = [_configuration(same, settings, values, chosen, floats, ignore) for values, same in folded.items()]
+    found = [
+        _configuration(same, settings, values, chosen, floats, float_runs, ignore) for values, same in folded.items()
+    ]
     found = [replace(c, noise=why_noisy(c.runs, c.latency_ms, c.speedup, fastest, ignore)) for c in found]
     variants = {id(run): c.variant for c, same in zip(found, folded.values(), strict=True) for run in same}
     compared = {id(run) for c in found for run in c.runs}
@@ -197,6 +202,7 @@ def _configuration(
     values: Sequence[str],
     metric: Metric,
     floats: Mapping[tuple[str, str], float],
+    float_runs: Sequence[Run],
     ignore: Sequence[str],
 ) -> Configuration:
     # Conversion on or off is a setting, so a run without the variant of the others did not get as far as they did.
@@ -221,6 +227,37 @@ def _configuration(
         speedup=over_seeds(lambda run: run.metrics.get("speedup") if variant == "int8" else None),
         agreement=over_seeds(lambda run: run.metrics.get("int8/agreement")),
         baseline=baseline,
+        unpaired="" if variant == "float" or baseline == "float runs" else why_unpaired(runs[0], float_runs, ignore),
+    )
+
+
+def why_unpaired(run: Run, float_runs: Sequence[Run], ignore: Sequence[str] = ()) -> str:
+    """Return in which settings the float run that is most like a run differs from it, and what to do.
+
+    Args:
+        run: A run without a float run as its baseline.
+        float_runs: The float runs; the result is empty if there are none.
+        ignore: Globs of settings that do not count.
+
+    Example:
+        >>> float_run = Run("f", "f", config={"lr": 0.1, "width": 8})
+        >>> why_unpaired(Run("q", "q", config={"lr": 0.01, "width": 8}), [float_run])
+        "no float run has the same training: f has another lr; with --ignore 'lr' they are compared"
+    """
+    own = training_settings(run, ignore)
+    found = []
+    for other in float_runs:
+        theirs = training_settings(other, ignore)
+        found.append((other, [key for key in {**own, **theirs} if own.get(key) != theirs.get(key)]))
+    if not found:
+        return ""
+    nearest, keys = min(found, key=lambda pair: len(pair[1]))
+    if not keys:
+        return f"no float run has the seed {seed_of(run)}"
+    globs = " ".join(f"--ignore {key!r}" for key in keys[:5])
+    name = " ".join(nearest.overrides) or nearest.name
+    return (
+        f"no float run has the same training: {name} has another {', '.join(keys[:5])}; with {globs} they are compared"
     )
 
 
@@ -258,21 +295,25 @@ def _by_seed(runs: Sequence[Run], key: str) -> dict[str, float]:
 
 
 def _float_scores(runs: Sequence[Run], metric: Metric, ignore: Sequence[str]) -> dict[tuple[str, str], float]:
-    """Return the score of each float run, by its training settings and seed.
-
-    A run that only continues a float run is none, nor is one with a quantizing callback of which int8 has no score.
-    """
+    """Return the score of each float run, by its training settings and seed."""
     floats: dict[str, list[Run]] = {}
     for run in runs:
-        flat = flatten(run.config)
-        is_none = quantizes(flat) or flat.get("method.continues") == "true"
-        if _variant(run, metric) == "float" and run.config and not is_none:
-            floats.setdefault(training_of(run, ignore), []).append(run)
+        floats.setdefault(training_of(run, ignore), []).append(run)
     return {
         (training, seed): score
         for training, same in floats.items()
         for seed, score in _by_seed(same, f"float/{metric.name}").items()
     }
+
+
+def _is_float(run: Run, metric: Metric) -> bool:
+    """Whether a run can be a baseline.
+
+    A run that only continues a float run cannot, nor can one with a quantizing callback of which int8 has no score.
+    """
+    flat = flatten(run.config)
+    is_none = quantizes(flat) or flat.get("method.continues") == "true"
+    return _variant(run, metric) == "float" and bool(run.config) and not is_none
 
 
 def _labels(configurations: Sequence[Configuration]) -> list[str]:

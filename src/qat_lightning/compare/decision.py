@@ -270,7 +270,8 @@ def _missed(configuration: Configuration, comparison: Comparison, limits: Limits
                 (f"latency was measured while other work was running ({busy}): use --remeasure", _WORSE_THAN_ANY)
             )
         elif value is None:
-            missed.append((f"{name} is not known", _WORSE_THAN_ANY))
+            why = f" ({configuration.unpaired})" if name == "drop" and configuration.unpaired else ""
+            missed.append((f"{name} is not known{why}", _WORSE_THAN_ANY))
         else:
             missed.append((f"{name} is {value:.3g} {unit}".rstrip(), (value - limit) / (abs(limit) or 1.0)))
     return missed

@@ -88,22 +88,28 @@ def _is_one_of(key: str, globs: Sequence[str]) -> bool:
 
 
 def training_of(run: Run, ignore: Sequence[str] = ()) -> str:
-    """Return all settings that affect float training, except the seed, as text.
+    """Return `training_settings` as text, to identify a training."""
+    return repr(sorted(training_settings(run, ignore).items()))
+
+
+def training_settings(run: Run, ignore: Sequence[str] = ()) -> dict[str, str]:
+    """Return all settings that affect float training, except the seed.
 
     Args:
         run: The run.
         ignore: Globs of further keys to leave out.
 
     Example:
-        >>> training_of(Run("a", "a", config={"seed": 0, "lr": 0.1, "mode": "fx", "quantization": {"start": 0.3}}))
-        "[('lr', '0.1')]"
+        >>> config = {"seed": 0, "lr": 0.1, "mode": "fx", "quantization": {"start": 0.3}}
+        >>> training_settings(Run("a", "a", config=config))
+        {'lr': '0.1'}
     """
     flat = flatten(run.config)
     ours = [key for key, value in flat.items() if key.endswith("._target_") and _is_ours(value)]
     parts = [key.removesuffix("._target_") for key in ours if not key.startswith(("model.", "data."))]
     no_part = (*ignore, *OF_QUANTIZATION, *parts, "callbacks.model_checkpoint", "callbacks.last_checkpoint")
     searches = flat.get("method.name") == "auto"
-    return repr(sorted(settings_of(run, (*no_part, *OF_SEARCH) if searches else no_part).items()))
+    return settings_of(run, (*no_part, *OF_SEARCH) if searches else no_part)
 
 
 def _is_ours(target: str) -> bool:
@@ -214,7 +220,7 @@ def _place(key: str, said: Sequence[str]) -> int:
 def _tells(key: str, values: Sequence[str]) -> tuple[int, int]:
     """Sort key: names first, then values, then the class of a section."""
     first = key.endswith(".name") or key in ("quantization.method", "quantization.mode", "quantization.backend")
-    order = 2 if only_present(values) else 0 if first else 1
+    order = 0 if key == f"{NAME}.method" else 2 if only_present(values) else 0 if first else 1
     return order, int(not key.endswith("_target_") if order == 2 else key.endswith("_target_"))
 
 

@@ -201,6 +201,8 @@ def _caption(comparison: Comparison) -> str:
         lines.append("Latency is ignored: --remeasure on an idle machine times the int8 files and float again.")
     if baselines := _baselines(comparison):
         lines.append(f"Drop against float, paired by seed: {baselines[0]}.")
+    for text in dict.fromkeys(c.unpaired for c in comparison.configurations if c.unpaired):
+        lines.append(f"{text[0].upper()}{text[1:]}.")
     for other in baselines[1:]:
         labels = [c.label for c in comparison.configurations if c.baseline == other]
         lines.append(f"{OTHER} {', '.join(labels)}: against {other}, so drops with and without it do not compare.")

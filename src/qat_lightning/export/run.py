@@ -24,7 +24,7 @@ from qat_lightning.export.program import int8_network
 from qat_lightning.export.protocol import Format, Source
 from qat_lightning.export.remote import RemoteNetwork, Server
 from qat_lightning.export.result import ExportResult, write_json
-from qat_lightning.graph.example import Example
+from qat_lightning.graph.example import Example, example_of
 from qat_lightning.graph.signature import one_sample, samples
 from qat_lightning.measure.class_scores import ClassScores
 from qat_lightning.measure.fidelity import Fidelity
@@ -32,6 +32,7 @@ from qat_lightning.measure.metrics import Agreement, latency_interleaved, output
 from qat_lightning.modes.float_state import present_float
 from qat_lightning.modes.prepared import cpu_copy, is_prepared, prepared_state
 from qat_lightning.settings.engines import engine_here
+from qat_lightning.settings.recipe import Recipe
 from qat_lightning.storage import Place, copied_here, join, place, require_storage
 from qat_lightning.whole_files import move_whole
 
@@ -46,8 +47,8 @@ def export_quantized(
     folder: str | Path,
     formats: Sequence[str] = ("pt2",),
     *,
-    example: Example | None = None,
-    batches: Sequence[Example] = (),
+    example: Any = None,
+    batches: Sequence[Any] = (),
     data: Sequence[Any] = (),
     classes: Collection[int] = (),
     reference: nn.Module | None = None,
@@ -67,7 +68,8 @@ def export_quantized(
         folder: Where the files go; created if needed. A URL that fsspec supports (``s3://bucket/run``) receives files
             that were written and checked locally, those of a format in one transaction.
         formats: Names in `FORMATS`.
-        example: A call of the network with a batch of 2 or more; by default the one it was verified with.
+        example: A call of the network with a batch of 2 or more: an `Example`, a tuple of positional inputs, a mapping
+            of keyword inputs, or one tensor. By default the one it was verified with.
         batches: Real calls to compare on; by default the example.
         data: The batch of data that each of these calls is from, in any structure: its labels show which output is
             scores of classes. Without it the shapes of the outputs have to do.
@@ -116,11 +118,12 @@ def export_quantized(
         check_formats(formats, prepared_state(network).recipe)  # before the expensive conversion
         reference = cpu_copy(network) if reference is None else reference
         float_network = present_float(network) if float_network is None else float_network
+    example = None if example is None else example_of(example)
     int8 = int8_network(network, example)
     check_formats(formats, int8.recipe)
     example = int8.example if example is None else example
     limits = _Limits(min_agreement, min_sqnr_db)
-    calls = list(batches) or [example]
+    calls = [example_of(batch) for batch in batches] or [example]
     labels = _Labels(list(data) or [None] * len(calls), classes)
     job = _Job(int8, example, calls, labels, reference or int8, float_network, metric, limits)
     where = place(folder)
@@ -296,12 +299,7 @@ class _Job:
     def _overflow(self) -> str:
         """A likely cause of different values, if the kernels of runtimes overflow on this CPU."""
         engine = None if self.source.recipe is None else self.source.recipe.target.engine
-        if engine_here(engine) == engine:
-            return ""
-        return (
-            " This CPU has no VNNI, and without it kernels of other runtimes overflow with 8-bit weights as well. "
-            "Export on a CPU with VNNI, or train with backend='fbgemm', whose weights have 7 bits."
-        )
+        return "" if engine_here(engine) == engine else f" {_OVERFLOW}"
 
     def _time(self, server: Server, chosen: Format, folder: Path, result: ExportResult) -> None:
         """Time one sample, alternating between the float network in PyTorch and both networks in the runtime."""
@@ -324,6 +322,28 @@ class _Job:
         result.latency_ms = medians["int8"]
         result.float_latency_ms = medians.get("float")
         result.eager_latency_ms = medians.get("eager")
+
+
+_OVERFLOW = (
+    "This CPU has no VNNI, and without it kernels of other runtimes overflow with 8-bit weights as well. Export on a "
+    "CPU with VNNI, or train with backend='fbgemm', whose weights have 7 bits."
+)
+_ADD_IN_16_BITS = frozenset({"onnx", "openvino"})
+"""Formats whose runtimes add pairs of products in 16 bits on a CPU without VNNI."""
+
+
+def overflow_here(formats: Collection[str], recipe: Recipe) -> str:
+    """Say before training that files may be refused because their kernels overflow on this CPU; empty if they do not.
+
+    Args:
+        formats: The chosen formats.
+        recipe: The recipe of the network.
+    """
+    concerned = sorted(_ADD_IN_16_BITS.intersection(formats))
+    engine = recipe.target.engine
+    if not concerned or engine_here(engine) == engine or recipe.scheme.weight_bits < 8:
+        return ""
+    return f"export={','.join(concerned)} may compute different values here, and then writes no file. {_OVERFLOW}"
 
 
 def _remark(result: ExportResult, network: QuantizedNetwork | None) -> str:

@@ -41,6 +41,23 @@ class Example:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
+def example_of(call: Any) -> Example:
+    """A call as an `Example`.
+
+    Args:
+        call: An `Example`; a tuple or list of positional inputs; a mapping of keyword inputs; or the only input.
+
+    Example:
+        >>> example_of({"x": 1}), example_of((1, 2)), example_of(1)
+        (Example(args=(), kwargs={'x': 1}), Example(args=(1, 2), kwargs={}), Example(args=(1,), kwargs={}))
+    """
+    if isinstance(call, Example):
+        return call
+    if isinstance(call, Mapping):
+        return Example((), dict(call))
+    return Example(tuple(call) if isinstance(call, (tuple, list)) else (call,), {})
+
+
 def samples_kept(values: int) -> int:
     """The number of samples that are kept of a larger batch.
 

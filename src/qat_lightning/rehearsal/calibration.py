@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qat_lightning.errors import ConversionError
-from qat_lightning.graph.example import Example
+from qat_lightning.graph.example import example_of
 from qat_lightning.modes.prepared import fake_quantizers, observe_in_evaluation, set_phase
 
 
@@ -80,10 +80,5 @@ def calibrate(prepared: nn.Module, batches: Iterable[Any]) -> int:
 
 def call(network: nn.Module, batch: Any) -> Any:
     """Call a network with an `Example`, a tuple of positional inputs, a mapping of keyword inputs, or one tensor."""
-    if isinstance(batch, Example):
-        return network(*batch.args, **batch.kwargs)
-    if isinstance(batch, Mapping):
-        return network(**batch)
-    if isinstance(batch, (tuple, list)):
-        return network(*batch)
-    return network(batch)
+    given = example_of(batch)
+    return network(*given.args, **given.kwargs)

@@ -19,7 +19,7 @@ from qat_lightning.callbacks.parts.calibration_data import (
 )
 from qat_lightning.callbacks.parts.network import Slot
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.graph.example import Example
+from qat_lightning.graph.example import Example, example_of
 from qat_lightning.rehearsal.calibration import calibrate
 
 
@@ -120,12 +120,3 @@ class CalibrationSource:
             raise ConfigurationError(f"calls= has no call of {name!r}: give at least one.")
         self._calls[name] = taken
         return taken
-
-
-def example_of(call: Any) -> Example:
-    """A call as ``calls=`` takes it: an `Example`, or inputs in the forms of ``example_inputs=``."""
-    if isinstance(call, Example):
-        return call
-    if isinstance(call, Mapping):
-        return Example((), dict(call))
-    return Example(tuple(call) if isinstance(call, (tuple, list)) else (call,), {})

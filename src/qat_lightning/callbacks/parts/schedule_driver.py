@@ -52,8 +52,12 @@ class ScheduleDriver:
         """
         self._plan = training_plan(trainer)
         self._counter.begin(trainer)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return  # a test of one step, which reaches nothing
         for message, grave in unreached(trainer, self.schedule, self._plan, phase):
             (rank_zero_warn if grave else rank_zero_info)(message)
+        if message := frozen_too_early(self.schedule, self._plan):
+            rank_zero_warn(message)
 
     def phase(self, trainer: Trainer, networks: Mapping[str, nn.Module]) -> tuple[int, Phase]:
         """Return the number of the next step, and the phase that the schedule gives for it."""
@@ -138,9 +142,12 @@ def unreached(
         if point is None or reached[name] or point.at == 0:
             continue
         if _beyond(trainer, name, point, plan):
+            # A fraction is reached at the next whole step, which may be the end of a short training.
+            why = "no step begins" if point.unit == "fraction" else "training ends earlier"
+            disable = "" if name == "start" else ", or use null (None) to disable it"
             message = (
-                f"{name}={point} is never reached: training ends earlier ({_length(trainer, plan)}), and {left}. Use "
-                "an earlier point, train longer, or use null (None) to disable it."
+                f"{name}={point} is never reached: {why} {'after it ' if point.unit == 'fraction' else ''}"
+                f"({_length(trainer, plan)}), and {left}. Use an earlier point or train longer{disable}."
             )
         elif stoppers and not _ensured(trainer, point, plan):
             message = (
@@ -150,6 +157,21 @@ def unreached(
         else:
             continue
         yield message, name == "start"
+
+
+def frozen_too_early(schedule: QuantizationSchedule, plan: TrainingPlan) -> str:
+    """Return a warning if ranges are frozen before fake-quantization is enabled; empty otherwise."""
+    start, frozen = schedule.start, schedule.freeze_observers
+    if start is None or frozen is None:
+        return ""
+    first, last = resolve(start, plan, name="start"), resolve(frozen, plan, name="freeze_observers")
+    if first is None or last is None or last >= first:
+        return ""
+    return (
+        f"freeze_observers={frozen} (step {last}) comes before start={start} (step {first}): the weights train on "
+        "after the ranges of their activations are frozen, and are then rounded on ranges that no longer fit. Use a "
+        "freeze_observers after start."
+    )
 
 
 def _beyond(trainer: Trainer, name: str, point: SchedulePoint, plan: TrainingPlan) -> bool:

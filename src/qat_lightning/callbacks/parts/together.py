@@ -202,8 +202,11 @@ def repair_resume(trainer: Trainer) -> None:
 
 def report_interruption(trainer: Trainer, exception: BaseException) -> None:
     """Log the state of the network when a fit is interrupted."""
+    saved = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    last = next((c.last_model_path or c.best_model_path for c in saved if c.last_model_path or c.best_model_path), "")
+    resume = f"resume with trainer.fit(..., ckpt_path={last!r})" if last else "no checkpoint was written to resume from"
     rank_zero_info(
         f"The fit was interrupted at step {trainer.global_step} by {type(exception).__name__}. The network keeps its "
-        "fake-quantization and what it has learned so far, and was not converted. Resume from the last checkpoint "
-        "with ckpt_path='last'."
+        f"fake-quantization and what it has learned so far, and was not converted: {resume}, or convert it as it is "
+        "with convert() of the callback."
     )

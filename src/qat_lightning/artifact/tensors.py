@@ -13,6 +13,7 @@ from torch import Tensor
 from qat_lightning.artifact.values import decode, encode, no_tag
 from qat_lightning.errors import ArtifactError
 from qat_lightning.layers.integer.weights import HALF_BYTES, restore, store
+from qat_lightning.layers.quantized_tensors import without_deprecation
 
 _ALIGNMENT = 64
 _INTEGERS = {"quint8": torch.uint8, "qint8": torch.int8, "qint32": torch.int32}
@@ -110,7 +111,8 @@ class TensorReader:
         if "axis" not in parts:
             scale, zero_point = float(parts["scale"]), int(parts["zero_point"])
             check_grid(scale, zero_point, integers.dtype)
-            whole: Tensor = torch._make_per_tensor_quantized_tensor(integers, scale, zero_point)
+            with without_deprecation():
+                whole: Tensor = torch._make_per_tensor_quantized_tensor(integers, scale, zero_point)
             return whole
         scales, zero_points, axis = self._get(parts["scales"]), self._get(parts["zero_points"]), parts["axis"]
         if type(axis) is not int or not 0 <= axis < integers.dim():
@@ -118,7 +120,8 @@ class TensorReader:
         if not scales.shape == zero_points.shape == (integers.shape[axis],):
             raise ArtifactError("a quantized tensor has a different number of channels and scales")
         check_grid(scales, zero_points, integers.dtype)
-        made: Tensor = torch._make_per_channel_quantized_tensor(integers, scales, zero_points, axis)
+        with without_deprecation():
+            made: Tensor = torch._make_per_channel_quantized_tensor(integers, scales, zero_points, axis)
         return made
 
     def _get(self, index: Any) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,9 +100,7 @@ def _load(place: int, run: Run) -> tuple[_Timed | None, list[str]]:
             "not found: run this in the folder of the program, or add that folder to PYTHONPATH."
         )
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
-            int8 = load_quantized(run.model_file, network=floating)
+        int8 = load_quantized(run.model_file, network=floating)
     except QuantizationError as error:
         faults.append(f"{Path(run.model_file).name} is not timed: {str(error).replace(run.model_file, 'it')}")
         return None, faults

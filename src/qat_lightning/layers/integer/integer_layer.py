@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qat_lightning.layers.quantized_tensors import without_deprecation
 from qat_lightning.numerics.dynamic_fake_quantize import disturbed
 
 
@@ -79,9 +79,7 @@ def without_hooks(layer: nn.Module) -> nn.Module:
 def quantized_rows(integers: Tensor, scales: Tensor) -> Tensor:
     """Torch's quantized tensor of int8 rows, with one scale per row."""
     zeros = torch.zeros(scales.shape[0], dtype=torch.int64)
-    with warnings.catch_warnings():
-        # Upstream warns on every use of its quantized tensors; the pinned range of torch versions addresses that.
-        warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
+    with without_deprecation():
         made: Tensor = torch._make_per_channel_quantized_tensor(integers.contiguous(), scales.double(), zeros, 0)
     return made
 

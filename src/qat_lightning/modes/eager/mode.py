@@ -25,6 +25,7 @@ from qat_lightning.graph.scopes import join
 from qat_lightning.layers.kernels import choose_kernels
 from qat_lightning.layers.operators import WEIGHTED
 from qat_lightning.layers.qat_modules import make_batchnorm_freezable
+from qat_lightning.layers.quantized_tensors import without_deprecation
 from qat_lightning.layers.tables import make_tables_plain, why_float
 from qat_lightning.layers.transformer import MAPS, attentions, give_layers, take_layers
 from qat_lightning.modes.eager.calls import LATER, Grids, count_in
@@ -225,8 +226,7 @@ class EagerMode:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Suppress upstream's warning on every use of quantized tensors; the pinned range of torch versions covers it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
+    with warnings.catch_warnings(), without_deprecation():
         warnings.filterwarnings("ignore", message=".*torch\\.ao\\.quantization.*", category=DeprecationWarning)
         yield
 

@@ -17,6 +17,7 @@ from torch.ao.quantization.quantize_fx import convert_fx
 from qat_lightning.errors import ConversionError, NetworkError
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.qat_modules import make_batchnorm_freezable
+from qat_lightning.layers.quantized_tensors import without_deprecation
 from qat_lightning.modes.fx.batchnorm import as_upstream_wants
 from qat_lightning.modes.fx.calls import unfoldable_batchnorms
 from qat_lightning.modes.fx.config import backend_config, qconfig_mapping
@@ -137,10 +138,9 @@ def convert_upstream(graph_module: fx.GraphModule, target: Backend, name: str) -
     Raises:
         ConversionError: Upstream fails.
     """
-    with warnings.catch_warnings(), packing_engine(target.engine):
+    with warnings.catch_warnings(), without_deprecation(), packing_engine(target.engine):
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
-        warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
         try:
             return convert_fx(graph_module, backend_config=backend_config())
         except Exception as error:

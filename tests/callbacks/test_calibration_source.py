@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from qat_lightning import PostTrainingQuantization
+from qat_lightning import Example, PostTrainingQuantization
 from qat_lightning.callbacks.parts import calibrated_copies
-from qat_lightning.errors import ConfigurationError, NetworkError
+from qat_lightning.errors import ConfigurationError, ConversionError, NetworkError
 from qat_lightning.recipes.bias_correction import correct_biases
 from tests.callbacks.lit import CLASSES, Lit, Net, loader, qat, trainer
 
@@ -234,3 +237,54 @@ def test_calls_that_are_not_possible(settings: dict[str, Any]) -> None:
 def test_no_calls_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="has no call of 'net'"):
         trainer(PostTrainingQuantization(calls=[])).fit(Lit(), loader())
+
+
+class Scaled(Net):
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        scores: Tensor = super().forward(x)
+        return scores if scale is None else scores * scale
+
+
+class Scales(Lit):
+    def __init__(self) -> None:
+        super().__init__(Scaled())
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.net(x, scale=torch.ones(len(x), 1))
+        return scores
+
+
+def test_a_call_has_positional_and_keyword_inputs() -> None:
+    calls = [Example((torch.randn(8, 1, 8, 8),), {"scale": torch.ones(8, 1)}) for _ in range(2)]
+    callback, module = PostTrainingQuantization("fx", calls=calls), Scales()
+    fitting = trainer(callback)
+    fitting.fit(module, loader())
+    fitting.test(module, loader(), verbose=False)
+    assert all(row.quantized for row in callback.quantized.coverage)
+
+
+class GrowsLater(Lit):
+    """Its last batch has images of another size, which its float network takes."""
+
+    def __init__(self) -> None:
+        net = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, CLASSES)
+        )
+        super().__init__(net)
+
+
+def test_a_calibration_that_fails_after_the_training_costs_int8_and_no_fit(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    batches = [(torch.randn(8, 1, side, 8), torch.arange(8) % CLASSES) for side in (8, 8, 8, 12)]
+    callback, saved = PostTrainingQuantization("pt2e"), ModelCheckpoint(tmp_path, save_last=True)
+    ended: list[str] = []
+    later = LambdaCallback(on_train_end=lambda *_: ended.append("train"), on_fit_end=lambda *_: ended.append("fit"))
+    module = GrowsLater()
+    fitting = trainer(callback, later, saved, max_epochs=1, enable_checkpointing=True)
+    with pytest.warns(UserWarning, match="There is no int8 network of the fit that ended at step 4"):
+        fitting.fit(module, DataLoader(batches, batch_size=None))
+    assert ended == ["train", "fit"]
+    assert (tmp_path / "last.ckpt").is_file()
+    assert callback.quantized is None
+    with pytest.raises(ConversionError, match="There is no int8 network"):
+        callback.save(tmp_path / "net.int8")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qat_lightning.errors import NetworkError
-from qat_lightning.graph.example import ENOUGH, MAX_BATCH, examples_from_user, from_user
+from qat_lightning.graph.example import ENOUGH, MAX_BATCH, Example, examples_from_user, from_user
 
 X = torch.arange(12.0).reshape(4, 3)
 
@@ -21,6 +21,8 @@ X = torch.arange(12.0).reshape(4, 3)
         ([X, 3], 2, []),
         ({"x": X, "n": 3}, 0, ["x", "n"]),
         (({"x": X},), 1, []),
+        ({0: X}, 1, []),
+        (Example((X,), {"n": X}), 1, ["n"]),
     ],
 )
 def test_from_the_user(given: Any, args: int, kwargs: list[str]) -> None:
@@ -54,9 +56,10 @@ def test_for_several_networks() -> None:
 
 def test_inputs_that_are_no_batch_stay_whole() -> None:
     prototypes, batch, labels = torch.zeros(100, 8), torch.zeros(64, 8), torch.zeros(64)
-    kept = from_user((prototypes, batch, labels)).args
-    assert [len(one) for one in kept] == [100, MAX_BATCH, MAX_BATCH]
-    assert [len(one) for one in from_user((prototypes, batch)).args] == [100, 64], "which one is the batch is not known"
+    kept = from_user((batch, labels, prototypes)).args
+    assert [len(one) for one in kept] == [MAX_BATCH, MAX_BATCH, 100]
+    assert [len(one) for one in from_user((prototypes, batch, labels)).args] == [100, 64, 64], "nor here"
+    assert [len(one) for one in from_user((prototypes, batch)).args] == [100, 64], "which one is the batch is unknown"
 
 
 def test_one_of_several_inputs_may_be_empty() -> None:
@@ -64,3 +67,13 @@ def test_one_of_several_inputs_may_be_empty() -> None:
     assert [one.shape for one in from_user((cache, x)).args] == [cache.shape, x.shape]
     with pytest.raises(NetworkError, match="on which a network cannot be prepared"):
         from_user((cache, cache))
+
+
+def test_matrices_beside_a_batch_stay_whole() -> None:
+    """More tensors begin with their number of rows than with the number of samples."""
+    x, supports = torch.zeros(64, 2), [torch.zeros(50, 50), torch.zeros(50, 50)]
+    tidy = from_user((x, supports)).args
+    assert [tuple(part.shape) for part in tidy[1]] == [(50, 50), (50, 50)]
+    assert tidy[0].shape == x.shape, "which size is the batch is not known"
+    of_batch = from_user((x, torch.zeros(64), supports[0])).args
+    assert [part.shape[0] for part in of_batch] == [MAX_BATCH, MAX_BATCH, 50]

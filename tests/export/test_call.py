@@ -46,3 +46,10 @@ def test_an_omitted_argument_is_its_default(exported: Example, called: Example) 
         call.flatten((X, None, 2.0), {})
     with pytest.raises(ExportError):
         call.flatten((X, X), {})
+
+
+@pytest.mark.parametrize("called", [Example((X,)), Example((X, None)), Example((X, 3))])
+def test_an_input_that_was_exported_as_a_tensor_is_one(called: Example) -> None:
+    source: Any = Source(Example((X, X)))
+    with pytest.raises(ExportError, match=r"with a tensor where it is called with|other arguments"):
+        Call.of(source).flatten(called.args, called.kwargs)

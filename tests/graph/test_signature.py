@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import pickle
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from qat_lightning.artifact.graph import decode_signature, encode_signature
 from qat_lightning.errors import NetworkError
-from qat_lightning.graph.signature import CallSpec, Input, as_captured, canonical
+from qat_lightning.graph.signature import CallSpec, Input, as_captured, canonical, given_parameters
+from qat_lightning.graph.structures import look_into
 
 X = torch.zeros(2, 3)
 
@@ -119,3 +121,22 @@ def test_a_dtype_that_holds_other_numbers_is_not_taken(given: torch.dtype, captu
     taken = as_captured(torch.ones(2, dtype=given), captured)
     assert taken is None or torch.promote_types(given, captured) is captured
     assert taken is None or not (captured.is_floating_point or captured.is_complex)
+
+
+@dataclasses.dataclass
+class Checked:
+    """A container that checks what it is made of."""
+
+    image: Tensor
+    weight: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.image.shape == self.weight.shape
+
+
+def test_containers_are_not_made_of_anything_but_tensors() -> None:
+    def forward(batch: Any, scale: float = 1.0) -> Any: ...
+
+    look_into((Checked(X, X),))
+    structure = pytree.tree_structure(((Checked(X, X),), {"scale": 2.0}))
+    assert given_parameters(inspect.signature(forward), structure) == {"batch", "scale"}

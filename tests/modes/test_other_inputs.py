@@ -127,6 +127,27 @@ def test_entries_of_a_container_that_are_no_tensors_are_as_traced(
         loaded(changed if kind is dict else tuple(changed.values()))
 
 
+def test_strings_beside_the_inputs_may_change_from_batch_to_batch(tmp_path: Path) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(8, CLASSES)
+
+        def forward(self, batch: Any) -> Tensor:
+            scores: Tensor = self.second(self.first(batch["x"]).relu())
+            return scores
+
+    def batch(number: int) -> Any:
+        return {"x": torch.randn(4, 4), "path": [f"{number}-{place}.png" for place in range(4)], "split": str(number)}
+
+    example = Example((batch(0),))
+    prepared = prepare(Named(), example, Recipe("fx", "x86", kind="static"))
+    calibrate(prepared, [Example((batch(number),)) for number in range(3)])
+    convert(prepared, example).save(tmp_path / "net.int8")
+    loaded = load_quantized(tmp_path / "net.int8")
+    assert loaded(batch(7)).shape == (4, CLASSES)
+
+
 class Predicts(Lit):
     """Its prediction leaves out the labels, which training gives."""
 

@@ -84,8 +84,11 @@ class Call:
                 f"The network was exported with other arguments than it is called with: {error}"
             ) from error
         for leaf, value in zip(leaves, self.values, strict=True):
-            if value is not TENSOR and leaf != value:
-                raise ExportError(f"The network was exported with {value!r} where it is called with {leaf!r}.")
+            if value is TENSOR and not isinstance(leaf, Tensor):
+                raise ExportError(f"The network was exported with a tensor where it is called with {leaf!r}.")
+            if value is not TENSOR and (isinstance(leaf, Tensor) or leaf != value):
+                got = "a tensor" if isinstance(leaf, Tensor) else repr(leaf)
+                raise ExportError(f"The network was exported with {value!r} where it is called with {got}.")
         given_tensors = [leaf for leaf, value in zip(leaves, self.values, strict=True) if value is TENSOR]
         tensors = list(map(as_captured, given_tensors, self.dtypes))
         for tensor, leaf, dtype in zip(tensors, given_tensors, self.dtypes, strict=True):

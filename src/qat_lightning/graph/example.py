@@ -104,17 +104,14 @@ def in_float32(example: Example) -> Example:
 
 
 def from_user(example_inputs: Any) -> Example:
-    """Create an example from ``example_inputs=``: a tensor, a tuple or list of positional inputs, or a mapping.
+    """Create an example from ``example_inputs=``, in the forms of `example_of`.
 
     Raises:
         NetworkError: It has none of these forms, or contains no tensor, or one without values.
     """
-    if isinstance(example_inputs, Mapping) and all(isinstance(key, str) for key in example_inputs):
-        example = Example((), dict(example_inputs))
-    elif isinstance(example_inputs, (tuple, list)):
-        example = Example(tuple(example_inputs), {})
-    else:
-        example = Example((example_inputs,), {})
+    by_keyword = isinstance(example_inputs, Mapping) and all(isinstance(key, str) for key in example_inputs)
+    is_one = isinstance(example_inputs, Mapping) and not by_keyword
+    example = Example((example_inputs,), {}) if is_one else example_of(example_inputs)
     look_into(example.args, example.kwargs)
     tensors = [leaf for leaf in tree_leaves((example.args, example.kwargs)) if isinstance(leaf, Tensor)]
     if not tensors:
@@ -223,7 +220,7 @@ def _tidy(example: Example) -> Example:
     look_into(example.args, example.kwargs)
     tensors = [leaf for leaf in tree_leaves((example.args, example.kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
     counts = Counter(tensor.shape[0] for tensor in tensors)
-    batch = _majority(counts)
+    batch = _batch(tensors, counts)
     kept = samples_kept(max((tensor[:1].numel() for tensor in tensors if tensor.shape[0] == batch), default=1))
     spread = [index * batch // kept for index in range(kept)] if batch > kept else list(range(batch))
 
@@ -240,10 +237,14 @@ def _tidy(example: Example) -> Example:
     return Example(tree_map(tidy, example.args), tree_map(tidy, example.kwargs))
 
 
-def _majority(sizes: Counter[int]) -> int:
-    """The batch size: the first dimension of most tensors; -1 if as many have another one, so that nothing is cut."""
+def _batch(tensors: list[Tensor], sizes: Counter[int]) -> int:
+    """The batch size: the first dimension of the first tensor, if that of most tensors is the same.
+
+    It is -1 if it is not, so that nothing is cut: two matrices beside the images of a batch may agree as well.
+    """
     first = sizes.most_common(2)
-    return first[0][0] if first and (len(first) == 1 or first[0][1] > first[1][1]) else -1
+    most = bool(first) and (len(first) == 1 or first[0][1] > first[1][1])
+    return first[0][0] if most and tensors[0].shape[0] == first[0][0] else -1
 
 
 @contextmanager

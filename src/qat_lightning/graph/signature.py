@@ -181,8 +181,8 @@ def given_parameters(signature: inspect.Signature, structure: pytree.TreeSpec) -
         signature: The signature of the function.
         structure: The structure of ``(args, kwargs)``.
     """
-    args, kwargs = pytree.tree_unflatten([None] * structure.num_leaves, structure)
-    return frozenset(signature.bind(*args, **kwargs).arguments)
+    args, kwargs = structure.children()  # not rebuilt: a dataclass may check what it is made of
+    return frozenset(signature.bind(*args.children(), **dict.fromkeys(kwargs.context)).arguments)
 
 
 def without_annotations(signature: inspect.Signature) -> inspect.Signature:

@@ -58,10 +58,7 @@ class CalibrationSource:
 
     def examples(self, names: list[str]) -> Any:
         """Return the first call of each network, in the form of ``example_inputs``."""
-        first = {}
-        for name in names:
-            example = self._of(name, len(names))[0]
-            first[name] = example.kwargs if example.kwargs else example.args
+        first = {name: self._of(name, len(names))[0] for name in names}
         return first if len(names) > 1 else first[names[0]]
 
     def try_it(self, trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot]) -> None:

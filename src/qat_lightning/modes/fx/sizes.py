@@ -23,8 +23,9 @@ def attempts(
 ) -> tuple[_Result, Plan | None]:
     """Trace a network without its sizes; otherwise with sizes as values of the graph; otherwise with fixed sizes.
 
-    If functions that no file may call cannot be traced through without sizes, it is traced with them. A plain value
-    inside a container, such as None for an optional entry of a dict, is known only in a trace with sizes.
+    If functions that no file may call cannot be traced through without sizes, it is traced with them. None inside a
+    container, such as for an optional entry of a dict, is known only in a trace with sizes: elsewhere ``is None`` is
+    false without an error, unlike comparisons with other plain values, which end a trace.
 
     Args:
         network: The float network; attributes that a trace leaves on it are removed.
@@ -37,7 +38,7 @@ def attempts(
     Raises:
         TraceError: It cannot be traced in any of these ways.
     """
-    plan = first_plan(example) if _has_values_in_containers(example) else None
+    plan = first_plan(example) if _has_none_in_containers(example) else None
     plain: list[_Result] = []
     while True:
         before = set(vars(network))
@@ -64,10 +65,10 @@ def attempts(
             delattr(network, name)  # constants of a discarded trace
 
 
-def _has_values_in_containers(example: Example) -> bool:
+def _has_none_in_containers(example: Example) -> bool:
     containers = [value for value in (*example.args, *example.kwargs.values()) if parts(value)]
     leaves = leaves_by_path((), (), {str(number): value for number, value in enumerate(containers)})
-    return not all(isinstance(leaf, Tensor) for _, leaf in leaves)
+    return any(leaf is None for _, leaf in leaves)
 
 
 def _calls_foreign(result: Any) -> bool:

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat_lightning import prepare
 from qat_lightning.errors import TraceError
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.mode_layers import DropoutLike
+from qat_lightning.modes.prepared import set_phase
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.recipe import Recipe
@@ -167,6 +169,64 @@ class Attention(nn.Module):
 def test_a_function_whose_argument_depends_on_the_mode() -> None:
     torch.manual_seed(0)
     carried_through(Attention(), torch.randn(2, 5, 8))
+
+
+class MultiHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return y
+
+
+class PartlyFrozen(nn.Module):
+    """Attention with dropout, and a head."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.encoder(x))
+        return y
+
+
+class Freezes(PartlyFrozen):
+    """Keeps the encoder in evaluation by itself."""
+
+    def train(self, mode: bool = True) -> Freezes:
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+
+TOKENS = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("way", ["before", "after", "override"])
+@pytest.mark.parametrize(
+    "encoder", [Attention, MultiHead, lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.5, batch_first=True)]
+)
+def test_attention_in_a_frozen_part_drops_nothing_while_the_network_trains(encoder: Any, way: str) -> None:
+    torch.manual_seed(0)
+    network = (Freezes if way == "override" else PartlyFrozen)(encoder()).train()
+    if way == "before":
+        network.encoder.eval()
+    prepared: Any = prepare(network, Example((TOKENS,)), Recipe("fx", "x86"))
+    set_phase(prepared, fake_quant=False, observers=False, batchnorm_frozen=False)
+    with torch.no_grad():
+        if way != "before":
+            prepared.train()
+        if way == "after":
+            assert not torch.equal(prepared(TOKENS), prepared(TOKENS))
+            prepared.encoder.eval()
+        assert prepared.training
+        assert torch.equal(prepared(TOKENS), prepared(TOKENS))
+        if way != "override":
+            prepared.encoder.train()
+            assert not torch.equal(prepared(TOKENS), prepared(TOKENS))
 
 
 class ByChance(Residual):

@@ -1,10 +1,11 @@
-"""Which module of the float network a node of a captured graph belongs to."""
+"""Which module of the float network a node of a captured graph belongs to, and dotted names."""
 
 from __future__ import annotations
 
+import itertools
 import re
 
-from torch import fx
+from torch import fx, nn
 
 
 def scope_of(node: fx.Node) -> str:
@@ -31,3 +32,18 @@ def join(prefix: str, name: str) -> str:
 def dotted(prefix: str) -> str:
     """What names below a prefix begin with: ``prefix.``, or nothing without a prefix."""
     return f"{prefix}." if prefix else ""
+
+
+def unused_path(root: nn.Module, path: str) -> str:
+    """``path`` with the first number that makes it the name of nothing that ``root`` holds.
+
+    Example:
+        >>> unused_path(nn.ModuleDict({"a": nn.ModuleDict({"b_0": nn.ReLU()})}), "a.b")
+        'a.b_1'
+    """
+    parent, _, name = path.rpartition(".")
+    holder: nn.Module | None = root
+    for part in filter(None, parent.split(".")):
+        holder = holder._modules.get(part) if holder is not None else None
+    taken = set() if holder is None else {*vars(holder), *holder._modules, *holder._parameters, *holder._buffers}
+    return join(parent, next(found for number in itertools.count() if (found := f"{name}_{number}") not in taken))

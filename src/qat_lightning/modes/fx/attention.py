@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from qat_lightning.graph.scopes import join, unused_path
 from qat_lightning.layers.mode_layers import ByMode
 from qat_lightning.layers.transformer import attend
 
@@ -65,7 +66,7 @@ def _named(args: Any, kwargs: Any) -> dict[str, Any]:
 
 
 def spread(
-    prepared: fx.GraphModule, node: fx.Node, given: Mapping[str, Any], values: Mapping[str, Any]
+    prepared: fx.GraphModule, node: fx.Node, given: Mapping[str, Any], values: Mapping[str, Any], scope: str
 ) -> tuple[list[fx.Node], list[fx.Node]]:
     """Replace attention by its products and the softmax.
 
@@ -74,6 +75,8 @@ def spread(
         node: The call of attention; erased.
         given: Its arguments.
         values: Values of the nodes on the example.
+        scope: Path of the module that calls attention, which holds the dropout: it may be kept in evaluation while the
+            network trains.
 
     Returns:
         The new nodes, and the two products among them.
@@ -114,9 +117,9 @@ def spread(
         if masked is not None:
             weights = add("call_method", "masked_fill", weights, masked, 0.0, name="without")
         if given.get("dropout_p"):
-            name = f"_{node.name}_dropout"
-            prepared.add_module(name, nn.Dropout(given["dropout_p"]))
-            weights = add("call_module", name, weights, name="dropout")
+            path = unused_path(prepared, join(scope, "_attention_dropout"))
+            prepared.add_submodule(path, nn.Dropout(given["dropout_p"]))
+            weights = add("call_module", path, weights, name="dropout")
         mixed = add("call_function", torch.matmul, weights, value, name="mixed")
     _take_place(prepared, node, mixed, weights)
     return made, [scores, mixed]

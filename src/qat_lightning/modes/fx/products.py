@@ -102,7 +102,7 @@ def quantize_products(
             continue
         summed = sum_of(node)
         made, inside = (
-            _with_attention(prepared, node, modules, recorder.values, takes, chosen)
+            _with_attention(prepared, node, modules, recorder.values, takes, chosen, _scope(node, scopes))
             if summed is None
             else _with_sum(prepared.graph, node, summed, recorder.values, takes)
         )
@@ -124,6 +124,7 @@ def _with_attention(
     values: Mapping[str, Any],
     takes: Callable[[Any, Any], bool],
     chosen: bool,
+    scope: str,
 ) -> tuple[list[fx.Node], list[fx.Node]]:
     """Split attention if its products are to be int8, or no file can call it; returns new nodes and products."""
     given = attention_of(node, modules)
@@ -131,7 +132,7 @@ def _with_attention(
     possible = chosen and products_of_attention(given, values, takes)
     if not possible and not yields_weights(node, modules):
         return [], []
-    made, both = spread(prepared, node, given, values)
+    made, both = spread(prepared, node, given, values, scope)
     return made, both if possible else []
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import itertools
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from qat_lightning.graph.example import Example
-from qat_lightning.graph.scopes import join
+from qat_lightning.graph.scopes import join, unused_path
 from qat_lightning.graph.training_flags import evaluating
 from qat_lightning.layers.mode_layers import GIVEN, ByMode, DropoutLike
 from qat_lightning.layers.operators import rows
@@ -75,7 +74,7 @@ def flags_by_mode(training: Traced, evaluation: Traced) -> None:
         dropout = _dropout(node, other)
         # In the module that calls it, which may be kept in evaluation while the network trains.
         scope, _ = traced.scopes.get(node.name, ("", None))
-        path = _fresh(traced.graph_module, join(scope, BY_MODE if dropout is None else "_functional_dropout"))
+        path = unused_path(traced.graph_module, join(scope, BY_MODE if dropout is None else "_functional_dropout"))
         traced.graph_module.add_submodule(path, dropout or ByMode(node.target, *ways))
         replace_node(traced, node, path, tuple(_nodes((node.args, node.kwargs))))
 
@@ -195,11 +194,6 @@ def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module at a dotted path."""
     parent, _, leaf = path.rpartition(".")
     root.get_submodule(parent)._modules[leaf] = module
-
-
-def _fresh(root: nn.Module, name: str) -> str:
-    taken = {*dict(root.named_modules()), *dict(root.named_parameters()), *dict(root.named_buffers()), *vars(root)}
-    return next(found for number in itertools.count() if (found := f"{name}_{number}") not in taken)
 
 
 def _with_places(arguments: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qat_lightning import load_quantized
+from qat_lightning import calibrate, load_quantized, prepare
 from qat_lightning.errors import QuantizationError, TraceError
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.graph_network import compile_graph
@@ -410,6 +410,44 @@ def test_another_size_takes_a_second_trace_with_the_same_layers_and_ranges() -> 
         x = torch.randn(2, 3, size, size)
         with torch.no_grad():
             torch.testing.assert_close(converted.network(x), cpu_copy(prepared)(x), rtol=0.02, atol=0.02)
+
+
+class Doubles(nn.Module):
+    """A number that differs in evaluation, as an argument of a function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.mul(x, 2.0 if self.training else 1.0)
+
+
+class PositionsAndPart(Positions):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Doubles()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.part(super().forward(x))
+        return y
+
+
+def test_another_size_follows_the_training_flag_of_the_part_that_calls_a_function() -> None:
+    torch.manual_seed(0)
+    prepared: Any = prepare(PositionsAndPart(), Example((IMAGES,)), Recipe("fx", "x86", kind="static"))
+    calibrate(prepared, [Example((IMAGES,))])
+    names = [name for name, _ in prepared.named_modules()]
+    larger = torch.randn(2, 3, 12, 12)
+    with torch.no_grad():
+        result = prepared.eval()(larger)
+        assert not torch.equal(result, torch.zeros_like(result))
+        prepared.part.train()
+        assert torch.equal(prepared(larger), 2 * result)
+        assert torch.equal(copy.deepcopy(prepared)(larger), 2 * result)
+        prepared.part.eval()
+        assert torch.equal(prepared(larger), result)
+        prepared.part.train()
+        prepared(torch.randn(2, 3, 6, 6))
+    assert [name for name, _ in prepared.named_modules()] == names
+    int8 = convert(prepared.eval(), Example((IMAGES,)))
+    torch.testing.assert_close(int8(larger), result, rtol=0.05, atol=0.05)
 
 
 def test_a_size_that_goes_another_way_is_refused_with_both_sizes() -> None:

@@ -24,7 +24,11 @@ class ByMode(nn.Module):
 
     def forward(self, *tensors: Any) -> Any:
         """Call the function with the tensors, in their order among its arguments."""
-        args, kwargs = self.arguments(tensors, training=self.training)
+        return self.as_in(tensors, training=self.training)
+
+    def as_in(self, tensors: Iterable[Any], *, training: bool) -> Any:
+        """Call the function with the arguments of training or of evaluation, whatever the own flag is."""
+        args, kwargs = self.arguments(tensors, training=training)
         if isinstance(self.function, str):
             return getattr(args[0], self.function)(*args[1:], **kwargs)
         return self.function(*args, **kwargs)

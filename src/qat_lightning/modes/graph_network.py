@@ -83,7 +83,7 @@ class _Made:
 
     Attributes:
         run: Runs it.
-        constants: The names of buffers and modules that the network has for it alone.
+        constants: The names of buffers that the network has for it alone.
     """
 
     run: Callable[..., Any]
@@ -216,15 +216,14 @@ class GraphNetwork(KeepsExtraState):
         return made[key].run
 
     def _make_for(self, make: OtherSizes, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Made:
-        before = self._buffers.keys() | self._modules.keys()
+        before = set(self._buffers)
         run = make(self, args, kwargs)
-        return _Made(run, frozenset(self._buffers.keys() | self._modules.keys()) - before)
+        return _Made(run, frozenset(self._buffers.keys() - before))
 
     def _drop(self, made: _Made) -> None:
         """Remove the constants of a graph for another size."""
         for name in made.constants:
             self._buffers.pop(name, None)
-            self._modules.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
 
     def train(self, mode: bool = True) -> GraphNetwork:
@@ -251,8 +250,7 @@ class GraphNetwork(KeepsExtraState):
         made = ("_run", "_run_at_inference", "_made_for", "_graph_inputs")
         state = {name: value for name, value in self.__dict__.items() if name not in made}
         constants = {name for made_for in self.__dict__["_made_for"].values() for name in made_for.constants}
-        for holder in ("_buffers", "_modules"):
-            state[holder] = {name: value for name, value in state[holder].items() if name not in constants}
+        state["_buffers"] = {name: value for name, value in self._buffers.items() if name not in constants}
         return hold_graphs(state)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from qat_lightning.errors import NetworkError, TraceError
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.scopes import unused_path
 from qat_lightning.graph.signature import batch_size, has_batch
 from qat_lightning.graph.structures import look_into
 from qat_lightning.layers.mode_layers import ByMode
@@ -142,28 +143,36 @@ def _same_kind(node: fx.Node, *networks: nn.Module) -> bool:
 
 
 def _own_constants(network: GraphNetwork, other: GraphNetwork) -> fx.Graph:
-    """The graph of another trace; its constants are stored in ``network`` under unused names."""
+    """The graph of another trace, for ``network``.
+
+    Its constants are stored in ``network`` under unused names. What depends on a training flag follows that of the
+    network's own module, which has the place and so the flag of the part that calls it.
+    """
     graph: fx.Graph = copy.deepcopy(other.graph)
     device = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
     names: dict[str, str] = {}
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         target = str(node.target)
         if node.op == "get_attr" and target.startswith(CONSTANT):
-            name = names.setdefault(target, _fresh(network, target))
+            name = names.setdefault(target, unused_path(network, f"{target}_size"))
             network.register_buffer(name, getattr(other, target).to(device), persistent=False)
             node.target = name
-        elif node.op == "call_module" and isinstance(other.get_submodule(target), ByMode):
-            name = names.setdefault(target, _fresh(network, target))
-            network.add_module(name, other.get_submodule(target).train(network.training))
-            node.target = name
+        elif node.op == "call_module" and isinstance(module := other.get_submodule(target), ByMode):
+            with graph.inserting_before(node):
+                own = graph.create_node("get_attr", target)
+                called = graph.call_function(_with_flag_of(module), (own, *node.args))
+            node.replace_all_uses_with(called)
+            graph.erase_node(node)
     return graph
 
 
-def _fresh(network: nn.Module, name: str) -> str:
-    number = 1
-    while f"{name}_size_{number}" in {*network._buffers, *network._modules}:
-        number += 1
-    return f"{name}_size_{number}"
+def _with_flag_of(other: ByMode) -> Callable[..., Any]:
+    """A function that calls ``other`` in the mode of the module that is its first argument."""
+
+    def by_mode(own: nn.Module, *tensors: Any) -> Any:
+        return other.as_in(tensors, training=own.training)
+
+    return by_mode
 
 
 def _other_way(network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[str, Any], node: str) -> TraceError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from qat_lightning import Example, Recipe, calibrate, convert, load_quantized, prepare
 from qat_lightning.errors import NetworkError, TraceError
-from qat_lightning.modes.graph_network import MOST_SIZES, GraphNetwork
+from qat_lightning.modes import graph_network
+from qat_lightning.modes.graph_network import GraphNetwork
 from tests.artifact.making import read, write
 
 X, Y = (torch.randn(4, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
@@ -163,25 +165,47 @@ def constants(network: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("kind", ["static", "weight_only"])
-def test_the_graphs_for_other_sizes_that_were_used_last_are_kept(kind: Any) -> None:
+def test_the_graphs_for_other_sizes_that_were_used_last_are_kept(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    most = 3
+    monkeypatch.setattr(graph_network, "MOST_SIZES", most)
     example = Example((torch.randn(2, 3, 8, 8),))
     prepared: Any = prepare(Positions().eval(), example, Recipe("fx", "x86", kind=kind))
     if kind == "static":
         calibrate(prepared, [example])
     int8 = convert(prepared, example).network
     networks = [network for network in (prepared.eval(), int8) if isinstance(network, GraphNetwork)]
-    images = [torch.randn(2, 3, size, size) for size in range(9, 9 + MOST_SIZES + 2)]
+    images = [torch.randn(2, 3, size, size) for size in range(9, 9 + most + 2)]
     for network in networks:
         first = network(images[0])
-        for image in images[1:MOST_SIZES]:
+        for image in images[1:most]:
             network(image)
         kept = dict(network.__dict__["_made_for"])
         network(images[0])
         assert network.__dict__["_made_for"] == kept, "none is made again"
-        network(images[-1])
-        assert len(network.__dict__["_made_for"]) == MOST_SIZES
+        with pytest.warns(UserWarning, match="more than 3 other sizes .* use fewer sizes, .* or mode='eager'"):
+            network(images[-1])
+        assert len(network.__dict__["_made_for"]) == most
         keys = {network.sizes.key((images[number],), {}) for number in (0, 1) if network.sizes is not None}
         assert len(keys & network.__dict__["_made_for"].keys()) == 1, "the oldest was dropped, which is the second"
-        assert len(constants(network)) == (MOST_SIZES if network is prepared else 0)
+        assert len(constants(network)) == (most if network is prepared else 0)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="The network was called")  # it was said
+            network(images[1])
         assert torch.equal(network(images[0]), first)
         assert not constants(copy.deepcopy(network)), "a copy makes its own"
+
+
+def test_dozens_of_sizes_are_traced_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = Example((torch.randn(2, 3, 8, 8),))
+    prepared: Any = prepare(Positions().eval(), example, Recipe("fx", "x86"))
+    made = list[Any]()
+
+    def other_sizes(network: GraphNetwork, args: Any, kwargs: Any) -> Any:
+        made.append(args[0].shape)
+        return lambda network, x: x
+
+    prepared.give_sizes(prepared.sizes, other_sizes)
+    for _ in range(2):
+        for size in range(20, 80):
+            prepared(torch.zeros(2, 3, size, size))
+    assert len(made) == 60

@@ -7,6 +7,7 @@ leaves `train` and `eval` alone, and still has the attributes and methods of the
 from __future__ import annotations
 
 import types
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -73,8 +74,13 @@ _EXTRA_STATE = "_extra_state"
 OtherSizes = Callable[["GraphNetwork", tuple[Any, ...], dict[str, Any]], Callable[..., Any]]
 """Given a network and a call of it, creates the network that runs inputs of that size."""
 
-MOST_SIZES = 8
-"""How many graphs for other sizes a network keeps: those that were used last."""
+MOST_SIZES = 64
+"""How many graphs for other sizes a network keeps: those that were used last.
+
+Multi-scale training has dozens of sizes, and a network whose sizes take turns would be traced at every call if one were
+missing. A graph of a prepared network shares its layers and is small. One of an int8 network has its own weights, in a
+quarter of the float network's memory, which is why there is a limit.
+"""
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,7 @@ class GraphNetwork(KeepsExtraState):
         self.__dict__["graph"] = graph
         self.__dict__["_graph_inputs"] = GraphInputs.of(graph)
         self.__dict__["_made_for"] = {}
+        self.__dict__["_warned_of_sizes"] = False
         self.__dict__["_run_at_inference"] = None
         self.__dict__["_run"] = self._compile(graph)
 
@@ -212,8 +219,21 @@ class GraphNetwork(KeepsExtraState):
         # The order is that of the last uses.
         made[key] = made.pop(key) if key in made else self._make_for(make, args, kwargs)
         while len(made) > MOST_SIZES:
+            self._warn_of_sizes()
             self._drop(made.pop(next(iter(made))))
         return made[key].run
+
+    def _warn_of_sizes(self) -> None:
+        """Warn at the first call of this, because a graph is dropped that may be needed again."""
+        if not self.__dict__["_warned_of_sizes"]:
+            self.__dict__["_warned_of_sizes"] = True
+            warnings.warn(
+                f"The network was called with inputs of more than {MOST_SIZES} other sizes than that of its example. "
+                "Each needs a graph, of which those that were used last are kept. Calls with many different sizes are "
+                "slow, because a graph that was dropped is made again: use fewer sizes, for example multiples of 32, "
+                "or mode='eager', which needs no graphs.",
+                stacklevel=2,
+            )
 
     def _make_for(self, make: OtherSizes, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Made:
         before = set(self._buffers)
@@ -247,7 +267,7 @@ class GraphNetwork(KeepsExtraState):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything except what is made again: compiled functions, and graphs for other sizes with their constants."""
-        made = ("_run", "_run_at_inference", "_made_for", "_graph_inputs")
+        made = ("_run", "_run_at_inference", "_made_for", "_warned_of_sizes", "_graph_inputs")
         state = {name: value for name, value in self.__dict__.items() if name not in made}
         constants = {name for made_for in self.__dict__["_made_for"].values() for name in made_for.constants}
         state["_buffers"] = {name: value for name, value in self._buffers.items() if name not in constants}

@@ -74,6 +74,8 @@ class ConvertsAgain:
             other.load_state_dict(self.prepared.state_dict())
             leave_float(other, prepared_state(self.prepared).left_float, example)
             converted = prepared_state(other).mode.convert(cpu_copy(other), example).network
+            assert isinstance(converted, GraphNetwork)
+            converted.give_sizes(converted.sizes, self)  # in place of a float copy of its own
         return lambda network, *args, **kwargs: converted(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ConvertsAgain:

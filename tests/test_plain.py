@@ -100,3 +100,26 @@ def test_a_call_is_given_in_any_form(form: Any, tmp_path: Path) -> None:
     (result,) = export_quantized(int8, tmp_path, ["torchscript"], example=call, batches=[call], min_agreement=0)
     assert not result.error
     assert quantize(network, call, Recipe("eager", "x86", kind="dynamic")).coverage[0].quantized
+
+
+class WithFunction(nn.Module):
+    """A linear function between layers, which training does not round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.weight, self.head = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.linear(self.first(x).relu(), self.weight))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("kind", ["dynamic", "weight_only"])
+def test_what_was_prepared_for_a_kind_without_calibration_is_what_becomes_integer(kind: Any, trained: bool) -> None:
+    torch.manual_seed(0)
+    call = Example((torch.randn(8, 8),))
+    prepared = prepare(WithFunction(), call, Recipe("fx", "x86", kind=kind, trained=trained))
+    converted = convert(prepared, call)
+    assert {row.name: row.quantized for row in converted.coverage} == {"first": True, "head": True}
+    assert converted.recipe.trained
+    torch.testing.assert_close(converted(*call.args), prepared(*call.args), atol=1e-4, rtol=0)

@@ -31,7 +31,7 @@ def prepare(network: nn.Module, example: Call, recipe: Recipe) -> nn.Module:
         example: One call of it, with a batch of 2 or more samples: an `Example`, a tuple of positional inputs, a
             mapping of keyword inputs, or one tensor.
         recipe: Mode, backend, scheme, kind and choice of layers: ``"qat"`` to train, ``"static"`` to calibrate, and the
-            other kinds, with ``trained=True``, to train.
+            other kinds to train, whether or not it says ``trained=True``.
 
     Returns:
         A module that is called, trained, moved and saved like ``network``, with the same parameters.

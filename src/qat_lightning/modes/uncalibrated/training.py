@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -55,7 +56,12 @@ class DirectMode:
     """
 
     def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> nn.Module:
-        """Let the layers of ``network``, which stays the same object, train with fake-quant; see `Mode.prepare`."""
+        """Let the layers of ``network``, which stays the same object, train with fake-quant; see `Mode.prepare`.
+
+        The recipe of the prepared network is a trained one, whether or not ``recipe`` is: conversion makes integer
+        only what was rounded here.
+        """
+        recipe = replace(recipe, trained=True)
         if is_prepared(network):
             raise NetworkError(f"{type(network).__name__} is prepared for quantization already.")
         check_kind(recipe)

@@ -53,6 +53,32 @@ def test_operands_that_are_broadcast_are_int8(way: str, backend: str) -> None:
     assert [row.quantized for row in found.coverage if row.kind in ("add", "mul")] == [True]
 
 
+SCALED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "added": lambda m, x: torch.add(x, x * x, alpha=2),
+    "added by name": lambda m, x: torch.add(input=x, other=x * x, alpha=2),
+    "added, with a ReLU": lambda m, x: torch.add(x, x * x, alpha=2).relu(),
+    "subtracted": lambda m, x: torch.sub(input=x, other=x * x, alpha=2),
+    "by a method": lambda m, x: x.add(x * x, alpha=2),
+}
+
+
+@pytest.mark.parametrize("way", SCALED)
+def test_an_addition_with_a_factor_stays_float_between_int8_layers(way: str) -> None:
+    torch.manual_seed(0)
+    found = rehearse(Between(SCALED[way]), EXAMPLE, Recipe("fx", "x86"))
+    assert not found.left_float
+    assert all(row.quantized for row in found.coverage if row.kind in ("Linear", "mul"))
+    sums = [row for row in found.coverage if row.kind in ("add", "sub")]
+    assert [row.quantized for row in sums] == [False]
+    if way.startswith("added"):
+        assert "alpha=" in sums[0].reason
+
+
+def test_a_factor_of_one_changes_nothing() -> None:
+    found = rehearse(Between(lambda m, x: torch.add(x, x * x, alpha=1)), EXAMPLE, Recipe("fx", "x86"))
+    assert all(row.quantized for row in found.coverage)
+
+
 @pytest.mark.parametrize("way", ["smaller first", "smaller first, with a ReLU", "a parameter without dimensions"])
 def test_the_larger_operand_comes_first_in_the_kernel(way: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Otherwise torch warns of a resized result."""

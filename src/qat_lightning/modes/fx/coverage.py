@@ -16,7 +16,7 @@ from qat_lightning.layers.operators import MOVES, MOVING_MODULES, faces_of
 from qat_lightning.modes.coverage import flops_of, is_float, macs_of, merged
 from qat_lightning.modes.fx.config import LEFT_FLOAT, backend_config
 from qat_lightning.modes.fx.layers import UNSEEN
-from qat_lightning.modes.fx.passes import CLAMPS, OWN_GRIDS
+from qat_lightning.modes.fx.passes import CLAMPS, OWN_GRIDS, is_scaled_sum
 from qat_lightning.modes.fx.products import PRODUCT_NAMES, PRODUCTS
 from qat_lightning.modes.fx.weights import is_constant
 from qat_lightning.modes.places import op_name, rounding_of
@@ -202,15 +202,22 @@ class FxOperations:
             return f"mode='fx' does not know {unknown}: write {known}"
         if is_batchnorm(self._module(node)):
             return "a BatchNorm that follows no layer, or is called from several places, cannot be folded"
-        if node.name in self.plan.float_ops and self.state.recipe.target.engine == "qnnpack" and face in CLAMPS:
-            return "QNNPACK's clamp misplaces channels-last values"
-        if node.name in self.plan.float_ops and face in CLAMPS:
-            return "its limits are tensors, which its int8 kernel does not support"
         if node.name in self.plan.float_ops:
-            return f"{'' if face in OWN_GRIDS else 'with a number, '}its int8 kernel has another grid"
+            return self._why_float_op(node)
         if face not in self.known:
             return f"mode='fx' has no int8 kernel for {name}"
         return "its input or its output is not quantized"
+
+    def _why_float_op(self, node: fx.Node) -> str:
+        """Why an op that upstream would lower stays float."""
+        face = self._kind(node)
+        if face in CLAMPS:
+            if self.state.recipe.target.engine == "qnnpack":
+                return "QNNPACK's clamp misplaces channels-last values"
+            return "its limits are tensors, which its int8 kernel does not support"
+        if is_scaled_sum(node):
+            return "its int8 kernel takes no alpha=: multiply the tensor before it is added"
+        return f"{'' if face in OWN_GRIDS else 'with a number, '}its int8 kernel has another grid"
 
 
 def _is_relu(node: fx.Node, module: nn.Module | None) -> bool:

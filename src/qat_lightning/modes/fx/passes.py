@@ -62,6 +62,17 @@ def round_tensors_only(prepared: fx.GraphModule, network: nn.Module, example: Ex
     ]
 
 
+def scaled_sums(graph: fx.Graph) -> list[str]:
+    """The names of all nodes that `is_scaled_sum`."""
+    return [node.name for node in graph.nodes if is_scaled_sum(node)]
+
+
+def is_scaled_sum(node: fx.Node) -> bool:
+    """Whether a node adds with a factor, as in ``torch.add(x, y, alpha=2)``, which upstream's lowering would drop."""
+    alpha = node.kwargs.get("alpha", 1)
+    return node.target is torch.add and (isinstance(alpha, fx.Node) or bool(alpha != 1))
+
+
 @torch.no_grad()
 def refuse_late_writes(prepared: fx.GraphModule, network: nn.Module, example: Example, scopes: dict[str, Any]) -> None:
     """Raise an error for a write found by `late_write`.

@@ -28,7 +28,7 @@ class FxPlan(HoldsGraphs):
         graph: The graph from upstream's prepare, with ReLU6 folded.
         meta: Upstream's metadata of it.
         float_ops: Names of nodes that upstream would try to lower but cannot, because they take a number that forward
-            computes, or a tensor where kernels take numbers.
+            computes, a tensor where kernels take numbers, or an argument that no kernel takes.
         dropped: Names of nodes that the int8 graph omits: dropout, and ReLU6, which is replaced by the output range of
             the op before it.
         scopes: The module whose ``forward`` created each node, by the node's name.
@@ -86,6 +86,7 @@ def make_plan(
     plan.scopes = {name: scope[0] for name, scope in scopes.items()}
     plan.float_ops = passes.round_tensors_only(prepared, network, example)
     plan.float_ops += weights_from_inputs(prepared) + passes.with_own_grids(prepared)
+    plan.float_ops += passes.scaled_sums(prepared.graph)
     one_grid_where_kernels_keep_it(prepared)
     plan.dropped = observe_only_after_relu(prepared)
     if recipe.target.engine == "qnnpack":

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat_lightning import calibrate
 from qat_lightning.errors import NetworkError
 from qat_lightning.graph.example import Example
 from qat_lightning.layers.qat_modules import ConvBn2d, FunctionalBatchNorm
@@ -228,3 +229,34 @@ def test_the_network_itself_may_hold_the_tensors_of_its_batchnorm() -> None:
 def test_a_network_that_is_a_batchnorm_has_nothing_to_quantize() -> None:
     with pytest.raises(NetworkError, match="nothing to quantize in BatchNorm1d"):
         get_mode("fx").prepare(nn.BatchNorm1d(8), Example((torch.randn(4, 8),)), Recipe("fx", "x86"))
+
+
+class OverTokens(nn.Module):
+    """A BatchNorm whose dimension 1 is that of the tokens, behind a layer whose channels are the last dimension."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.layer, self.norm, self.head = nn.Linear(8, 8), nn.BatchNorm1d(tokens), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.norm(self.layer(x)).relu())
+        return y
+
+
+@pytest.mark.parametrize("exclude", [(), ("layer",), ("norm",)])
+@pytest.mark.parametrize("tokens", [6, 8])
+def test_is_not_folded_where_it_normalizes_no_channels(tokens: int, exclude: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    network, example = OverTokens(tokens), Example((torch.randn(4, tokens, 8),))
+    for _ in range(20):
+        network(3 * torch.randn(4, tokens, 8) + 1)
+    expected = network.eval()(*example.args)
+    prepared = get_mode("fx").prepare(network, example, Recipe("fx", "x86", kind="static", exclude=exclude))
+    prepared.eval()
+    calibrate(prepared, [example])
+    converted = get_mode("fx").convert(prepared, example)
+    assert {row.name for row in converted.coverage if row.quantized} == {"layer", "head"} - set(exclude)
+    torch.testing.assert_close(converted.network(*example.args), expected, atol=0.05, rtol=0)
+    trained = get_mode("fx").prepare(OverTokens(tokens), example, Recipe("fx", "x86", exclude=exclude))
+    trained(*example.args).sum().backward()
+    assert get_mode("fx").convert(trained.eval(), example).coverage

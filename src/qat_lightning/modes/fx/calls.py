@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.operator_schemas import get_signature_for_torch_op
 from torch.utils._pytree import tree_leaves
 
+from qat_lightning.graph.example import Example
+from qat_lightning.graph.training_flags import evaluating
 from qat_lightning.layers.batchnorm import has_statistics, is_batchnorm
 from qat_lightning.layers.relu_rounding import writes_in_place
+from qat_lightning.modes.recording import example_values, run_of
 
 _CONVOLUTION_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _CONVOLUTION_DEFAULTS = (None, None, None, 1, 0, 1, 1)
@@ -111,16 +114,48 @@ def one_module_a_call(graph_module: fx.GraphModule) -> None:
     graph_module.recompile()
 
 
-def unfoldable_batchnorms(graph_module: fx.GraphModule) -> list[nn.Module]:
-    """BatchNorms that cannot be folded: they are called several times, or have no running statistics."""
-    calls: dict[nn.Module, int] = {}
+def unfoldable_batchnorms(graph_module: fx.GraphModule, example: Example) -> list[nn.Module]:
+    """BatchNorms that cannot be folded.
+
+    They are called several times, have no running statistics, or normalize another dimension than the channels of the
+    layer before them.
+
+    Args:
+        graph_module: A trace.
+        example: One call of it.
+    """
+    calls: dict[nn.Module, list[fx.Node]] = {}
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
-            module = graph_module.get_submodule(str(node.target))
-            calls[module] = calls.get(module, 0) + 1
+            calls.setdefault(graph_module.get_submodule(str(node.target)), []).append(node)
+    batchnorms = {module: nodes for module, nodes in calls.items() if is_batchnorm(module)}
+    others = _normalizing_no_channels(graph_module, [node for nodes in batchnorms.values() for node in nodes], example)
     return [
-        module for module, count in calls.items() if is_batchnorm(module) and (count > 1 or not has_statistics(module))
+        module
+        for module, nodes in batchnorms.items()
+        if len(nodes) > 1 or not has_statistics(module) or not others.isdisjoint(nodes)
     ]
+
+
+def _normalizing_no_channels(graph_module: fx.GraphModule, calls: list[fx.Node], example: Example) -> set[fx.Node]:
+    """The calls of a BatchNorm whose dimension 1 is not that of the channels of the layer before it.
+
+    It is not after a linear layer with token inputs, nor after a convolution of one sample without a batch dimension.
+    """
+    behind: dict[fx.Node, tuple[fx.Node, Any]] = {}
+    for node in calls:
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or source.op != "call_module":
+            continue
+        batchnorm, layer = (graph_module.get_submodule(str(call.target)) for call in (node, source))
+        # A BatchNorm of images or volumes takes one number of dimensions only.
+        if isinstance(batchnorm, nn.BatchNorm1d) and isinstance(getattr(layer, "weight", None), Tensor):
+            behind[node] = source, layer
+    if not behind:
+        return set()
+    with evaluating(graph_module):
+        values = run_of(graph_module, graph_module.graph, example_values(graph_module.graph, example))
+    return {node for node, (source, layer) in behind.items() if values[source.name].dim() != layer.weight.dim()}
 
 
 _LOOKS = {"size", "dim", "numel", "eq", "ne", "getattr", "getitem"}

@@ -201,7 +201,10 @@ class FxOperations:
             unknown, known = _WRITE_INSTEAD[face]
             return f"mode='fx' does not know {unknown}: write {known}"
         if is_batchnorm(self._module(node)):
-            return "a BatchNorm that follows no layer, or is called from several places, cannot be folded"
+            return (
+                "a BatchNorm that follows no layer, is called from several places, or normalizes another dimension "
+                "than the layer's channels cannot be folded"
+            )
         if node.name in self.plan.float_ops:
             return self._why_float_op(node)
         if face not in self.known:

@@ -133,7 +133,7 @@ class FxMode:
         if "transposed" in recipe.families:
             chosen = selected | dict.fromkeys(called_on_one_sample(network, example), False)
             write_as_convolutions(graph_module, chosen, scopes, three=engine_here(recipe.target.engine) != "qnnpack")
-        hidden = Hidden(network, graph_module)
+        hidden = Hidden(network, graph_module, example)
         parameters = dict(network.named_parameters(remove_duplicate=False))
         show_bounded = hide_bounded(graph_module) if "bounds" in recipe.families else None
         prepared = prepare_upstream(graph_module, network, example, recipe, selected, scopes)

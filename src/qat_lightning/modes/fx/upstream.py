@@ -39,6 +39,7 @@ class Hidden:
     Args:
         network: The float network.
         graph_module: Its trace, about to be prepared; changed in place.
+        example: One call of it.
 
     Attributes:
         read: Tensors of called modules that the graph reads directly, by their temporary names; see `set_aside`.
@@ -46,7 +47,8 @@ class Hidden:
         unfoldable: BatchNorms that cannot be folded.
     """
 
-    def __init__(self, network: nn.Module, graph_module: fx.GraphModule) -> None:
+    def __init__(self, network: nn.Module, graph_module: fx.GraphModule, example: Example) -> None:
+        self.unfoldable = unfoldable_batchnorms(graph_module, example)
         self._show_dropouts = hide_lasting_dropouts(graph_module.graph)
         self.read = set_aside(graph_module, graph_module.graph)
         self._put_constants_back = take_out_constants(graph_module.graph)
@@ -56,7 +58,6 @@ class Hidden:
         for module in self._flags:
             module.training = True
         # A class that upstream's fusion does not match, with the flag.
-        self.unfoldable = unfoldable_batchnorms(graph_module)
         for batchnorm in self.unfoldable:
             make_batchnorm_freezable(batchnorm)
 

@@ -16,10 +16,12 @@ from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.demos import DigitsDataModule, SmallMobileNet
 from qat_lightning.errors import CombinationError, ConfigurationError, ExportError, MissingExtraError
 from qat_lightning.export import FORMATS, ExportResult, get_format
+from qat_lightning.export.call import Call
 from qat_lightning.export.formats import check_formats
 from qat_lightning.export.protocol import Source
-from qat_lightning.export.remote import Server
+from qat_lightning.export.remote import RemoteNetwork, Server
 from qat_lightning.export.run import open_artifact, overflow_here
+from qat_lightning.export.torchscript import TorchScript
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.prepared import cpu_copy, set_phase
 from qat_lightning.modes.registry import get_mode
@@ -241,6 +243,18 @@ def test_an_artifact_is_called_like_the_network(mode: str, name: str, tmp_path: 
     wanted = cpu_copy(network)(x, table=table, factor=2.0)
     assert got.keys() == {"scores", "first"}
     assert torch.allclose(got["scores"], wanted["scores"], atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_file_takes_numbers_of_any_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    network, example = nn.Linear(4, 2), Example((torch.rand(3, 4),))
+    source = Source(network, example)
+    TorchScript().write(source, tmp_path / "net.pt")
+    with Server("torchscript") as server:
+        server.ask("load", "net", str(tmp_path / "net.pt"))
+        remote = RemoteNetwork(server, "net", Call.of(source))
+        x = torch.rand(3, 4).to(dtype)
+        torch.testing.assert_close(remote(x), network(x.float()))
 
 
 def test_a_process_that_dies_is_an_error_with_its_last_words() -> None:

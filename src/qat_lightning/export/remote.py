@@ -103,9 +103,12 @@ class RemoteNetwork(nn.Module):
         self.__dict__["_call"] = call
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Send the inputs, wait for the outputs."""
+        """Send the inputs, in float32 like those of every runtime's file, and wait for the outputs."""
         call: Call = self.__dict__["_call"]
-        tensors = [tensor.detach().contiguous() for tensor in call.flatten(args, kwargs)]
+        tensors = [
+            (tensor.float() if tensor.is_floating_point() else tensor).detach().contiguous()
+            for tensor in call.flatten(args, kwargs)
+        ]
         server: Server = self.__dict__["_server"]
         returned = server.ask("run", self.key, tensors, call.batched, call.batched_results)
         return call.result(returned, args, kwargs)

@@ -69,6 +69,7 @@ from qat_lightning.modes.prepared import (
     weights_unrounded,
 )
 from qat_lightning.modes.protocol import Converted, LayerCoverage
+from qat_lightning.modes.reassigned_buffers import refuse_reassigned_buffers
 from qat_lightning.modes.tracing import (
     MIXED,
     TWO_AND_MORE,
@@ -118,6 +119,7 @@ class FxMode:
         (graph_module, scopes, sizes), at_inference = traced_with_inference(
             network, example, lambda network, example: trace(network, example, whole, by_example=by_example)
         )
+        refuse_reassigned_buffers(float_network, example, "fx", graph=graph_module)
         two_and_more, mixed = (graph_module.meta.pop(key) for key in (TWO_AND_MORE, MIXED))
         leave_inside_float(graph_module, selected)
         if "twins" in recipe.families:

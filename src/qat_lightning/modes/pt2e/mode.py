@@ -37,6 +37,7 @@ from qat_lightning.modes.pt2e.convert import decompose, visit_weights
 from qat_lightning.modes.pt2e.coverage import pt2e_operations
 from qat_lightning.modes.pt2e.network import ExportedNetwork
 from qat_lightning.modes.pt2e.training import Plan, adopt, training_graph, weight_quantizers
+from qat_lightning.modes.reassigned_buffers import refuse_reassigned_buffers
 from qat_lightning.modes.tracing import refuse_other_results
 from qat_lightning.modes.upstream_memory import nothing_remembered
 from qat_lightning.numerics.fake_quantize import FakeQuantize
@@ -74,6 +75,7 @@ class Pt2eMode:
             return captured(network, call, prefix, lambda: capture(network, call, by_numbers=by_numbers))
 
         graph_module, spec = captured_with(example)
+        refuse_reassigned_buffers(float_network, example, "pt2e")
         at_inference = captured_inference(graph_module.graph, network, example, captured_with)
         prepared, folded = insert_fake_quantize(graph_module, recipe, prefix=prefix, name=spec.name)
         flags = training_flags(network)

@@ -20,6 +20,7 @@ from qat_lightning.modes.fx.other_sizes import aside, example_like
 from qat_lightning.modes.graph_network import GraphNetwork
 from qat_lightning.modes.judging import Names
 from qat_lightning.modes.protocol import Converted, LayerCoverage
+from qat_lightning.modes.reassigned_buffers import refuse_reassigned_buffers
 from qat_lightning.modes.tracing import outer_parts, trace_evaluation
 from qat_lightning.modes.uncalibrated.checking import (
     Call,
@@ -45,6 +46,7 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
         (graph_module, sizes), at_inference = traced_with_inference(
             original, example, lambda network, example: trace_evaluation(network, example, whole)
         )
+    refuse_reassigned_buffers(original, example, "fx", train=False, graph=graph_module)
     used = float_run(original, example).used
     coverage = [_in_graph(row, graph_module.graph, used) for row in cover(original, recipe, prefix)]
     # Training rounds layers, and a network is converted as it was trained.

@@ -38,6 +38,7 @@ from qat_lightning.modes.judging import Names, raise_if_faulty
 from qat_lightning.modes.protocol import Converted, LayerCoverage
 from qat_lightning.modes.pt2e.capture import capture, captured_inference
 from qat_lightning.modes.pt2e.convert import evaluate, tidy
+from qat_lightning.modes.reassigned_buffers import refuse_reassigned_buffers
 from qat_lightning.modes.uncalibrated.checking import (
     EXACT,
     end_to_end,
@@ -72,6 +73,7 @@ def quantize_pt2e(
         at_inference = captured_inference(
             graph_module.graph, original, example, lambda call: capture(original, call, train=False)
         )
+    refuse_reassigned_buffers(original, example, "pt2e", train=False)
     evaluate(graph_module.graph)
     uses = _uses(original, graph_module, coverage, recipe)
     chosen = {f"{layer}.{name}" if layer else name: share for layer, of in shares.items() for name, share in of.items()}

@@ -124,14 +124,19 @@ def _assigning(
 def _leaving(
     graph: nn.Module, buffers: Mapping[str, Tensor | None], made: dict[str, Tensor | None], training: bool
 ) -> Iterator[None]:
-    """A call of a graph, after which ``made`` keeps the buffers that it leaves as they are; see `_assigning`."""
+    """A call of a graph, after which ``made`` keeps the buffers that it leaves as they are; see `_assigning`.
+
+    What a graph has a BatchNorm for is left to that layer.
+    """
     graph.train(training)
     values = {name: _copied(buffers.get(name)) for name in made}
     yield
     present = _buffers(graph)
+    layers = {path for path, module in graph.named_modules() if is_batchnorm(module)}
     for name, value in values.items():
         buffer = buffers.get(name)
-        if present.get(name, buffer) is not buffer or not _equal(value, buffer):
+        of_layer = name.rpartition(".")[0] in layers
+        if of_layer or present.get(name, buffer) is not buffer or not _equal(value, buffer):
             del made[name]
 
 

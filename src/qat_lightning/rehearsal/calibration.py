@@ -63,6 +63,7 @@ def calibrate(prepared: nn.Module, batches: Iterable[Any]) -> int:
         ConversionError: There was no batch, or none with finite values.
 
     Example:
+        >>> from qat_lightning.graph.example import Example
         >>> from qat_lightning.modes.registry import get_mode
         >>> from qat_lightning.settings.recipe import Recipe
         >>> network, x = nn.Sequential(nn.Linear(4, 2)), torch.randn(8, 4)

@@ -185,15 +185,13 @@ class PostTrainingQuantization(QuantizationCallback):
         """Calibrate, while the LightningModule is still on its device."""
         if not has_trained(trainer):
             return
-        made_from = f"the fit that ended at step {trainer.global_step}"
         try:
-            self._quantize(trainer, pl_module, made_from)
+            self._quantize(trainer, pl_module, f"the fit that ended at step {trainer.global_step}")
         except Exception as error:  # noqa: BLE001 - the fit has finished; any failure is only reported
-            self._int8.impossible = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            rank_zero_warn(
-                f"There is no int8 network of {made_from}: {error} The trained network and its checkpoints are "
-                "unaffected. To try other settings without training: Trainer(callbacks=[<the callback with them>])"
-                ".test(model, ...)."
+            self._int8.give_up(
+                error,
+                "The trained network and its checkpoints are unaffected. To try other settings without training: "
+                "Trainer(callbacks=[<the callback with them>]).test(model, ...).",
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

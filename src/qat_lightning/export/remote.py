@@ -16,6 +16,7 @@ from torch import nn
 
 from qat_lightning.errors import ExportError
 from qat_lightning.export.call import Call
+from qat_lightning.modes.decomposed.compiling import as_compiled
 
 _LAST_LINES = 3
 
@@ -105,10 +106,7 @@ class RemoteNetwork(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Send the inputs, in float32 like those of every runtime's file, and wait for the outputs."""
         call: Call = self.__dict__["_call"]
-        tensors = [
-            (tensor.float() if tensor.is_floating_point() else tensor).detach().contiguous()
-            for tensor in call.flatten(args, kwargs)
-        ]
+        tensors = list(map(as_compiled, call.flatten(args, kwargs)))
         server: Server = self.__dict__["_server"]
         returned = server.ask("run", self.key, tensors, call.batched, call.batched_results)
         return call.result(returned, args, kwargs)

@@ -192,16 +192,21 @@ class Int8Networks:
         try:
             self.convert_in_all(trainer, to_run=to_run)
         except Exception as error:  # noqa: BLE001 - the fit has finished; any failure is only reported
-            lines = str(error).strip().splitlines()
-            self.impossible = f"{type(error).__name__}: {lines[0] if lines else ''}"
-            self._made = {}  # those of other weights
-            rank_zero_warn(
-                f"There is no int8 network of {self.made_from}: {error} The trained network with fake-quant "
-                "and its checkpoints are unaffected. convert(exclude=[...]) tries again with more layers left float."
+            self.give_up(
+                error,
+                "The trained network with fake-quant and its checkpoints are unaffected. convert(exclude=[...]) tries "
+                "again with more layers left float.",
             )
             return False
         self.impossible = ""
         return True
+
+    def give_up(self, error: Exception, advice: str) -> None:
+        """Warn that there are no int8 networks of the present weights, because of an error, and what to do."""
+        lines = str(error).strip().splitlines()
+        self.impossible = f"{type(error).__name__}: {lines[0] if lines else ''}"
+        self._made = {}  # those of other weights
+        rank_zero_warn(f"There is no int8 network of {self.made_from}: {error} {advice}")
 
     def outdate(self) -> None:
         """Mark the int8 networks as stale, because weights or ranges have changed."""

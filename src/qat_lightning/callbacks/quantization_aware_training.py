@@ -346,9 +346,10 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Give all processes the same ranges and statistics."""
+        """Give all processes the same ranges and statistics, and mark int8 networks of an earlier fit as stale."""
         self._driver.after_batch()
         self._networks.in_training_step(False)
+        self._int8.outdate()
         if trainer.world_size > 1:
             synchronize_processes(self._networks.prepared, ranges=self.phase.observers)
 

@@ -6,6 +6,8 @@ import pickle
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
+from torch import Tensor
 
 from qat_lightning.callbacks.parts.float_weights import FloatWeights
 from qat_lightning.callbacks.parts.int8_networks import Int8Networks
@@ -13,6 +15,7 @@ from qat_lightning.callbacks.parts.networks import Networks
 from qat_lightning.callbacks.parts.settings import QuantizationSettings
 from qat_lightning.callbacks.parts.variant_source import TrainedVariants
 from qat_lightning.errors import ConfigurationError, ConversionError
+from tests.callbacks.lit import Lit, loader, qat, trainer
 from tests.callbacks.parts.placed import IMAGES, placed
 
 
@@ -82,3 +85,12 @@ def test_there_is_nothing_to_convert_before_there_are_networks() -> None:
         int8.convert()
     with pytest.raises(ConversionError, match="no int8 network to save"):
         int8.save("never.int8")
+
+
+def test_a_callback_that_reads_the_int8_network_while_a_second_fit_trains_gets_the_present_weights() -> None:
+    module, callback = Lit(), qat()
+    trainer(callback, max_epochs=1).fit(module, loader())
+    read: list[Tensor] = []
+    reader = LambdaCallback(on_train_batch_end=lambda *_: read.append(callback.quantized(IMAGES)))
+    trainer(reader, callback, max_epochs=1).fit(module, loader())
+    assert len({tuple(outputs.flatten().tolist()) for outputs in read}) == len(read) == 4

@@ -115,6 +115,14 @@ def _wandb_of_its_own() -> None:
     os.environ.pop("WANDB_SERVICE", None)
 
 
+@pytest.fixture(scope="module")
+def without_compiler() -> Iterator[None]:
+    """Networks of mode pt2e run op by op, which saves seconds of compiling each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QAT_LIGHTNING_COMPILE", "0")
+        yield
+
+
 @pytest.fixture
 def bucket() -> Iterator[str]:
     """A folder in fsspec's memory, emptied afterwards."""

@@ -4,7 +4,5 @@ import pytest
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _no_compiler() -> object:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QAT_LIGHTNING_COMPILE", "0")
-        yield
+def _no_compiler(without_compiler: None) -> None:
+    """Every test of this folder."""

@@ -20,9 +20,7 @@ MODES = ("eager", "fx", "pt2e")
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True)
-def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "0")
+pytestmark = pytest.mark.usefixtures("without_compiler")
 
 
 class Network(nn.Module):

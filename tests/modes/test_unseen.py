@@ -18,10 +18,7 @@ from qat_lightning.modes.registry import get_mode
 from qat_lightning.settings.backends import BACKENDS, pairs
 from qat_lightning.settings.recipe import Recipe
 
-
-@pytest.fixture(autouse=True)
-def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "0")
+pytestmark = pytest.mark.usefixtures("without_compiler")
 
 
 class MaskedAttention(nn.Module):

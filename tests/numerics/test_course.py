@@ -23,9 +23,7 @@ from tests.callbacks.lit import trainer
 MODES = ("eager", "fx", "pt2e")
 
 
-@pytest.fixture(autouse=True)
-def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "0")
+pytestmark = pytest.mark.usefixtures("without_compiler")
 
 
 class Transfer(nn.Module):

@@ -74,3 +74,41 @@ class CheckpointFileError(QuantizationError, OSError):
 
 class RunFileError(QuantizationError, OSError):
     """The files of a run cannot be found or read."""
+
+
+def first_line(said: object, limit: int = 160) -> str:
+    r"""Return the first line of a message or of an error's message, shortened to ``limit`` characters.
+
+    For an error without a message it is the error's type.
+
+    Example:
+        >>> first_line("cannot trace\nGraphModule(...)"), first_line(KeyError())
+        ('cannot trace', 'KeyError')
+    """
+    lines = str(said).strip().splitlines()
+    line = lines[0] if lines else type(said).__name__ if isinstance(said, BaseException) else ""
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"
+
+
+def in_brief(error: BaseException) -> str:
+    r"""Return the type of an error and the first line of its message.
+
+    Example:
+        >>> in_brief(ValueError("bad shape\nin layer 3")), in_brief(KeyError())
+        ('ValueError: bad shape', 'KeyError')
+    """
+    return _with_type(error, first_line(error, limit=200))
+
+
+def in_full(error: BaseException, limit: int = 300) -> str:
+    r"""Return the type of an error and its message in one line, shortened to ``limit`` characters.
+
+    Example:
+        >>> in_full(ValueError("bad shape\nin layer 3"))
+        'ValueError: bad shape in layer 3'
+    """
+    return _with_type(error, first_line(" ".join(str(error).split()), limit))
+
+
+def _with_type(error: BaseException, said: str) -> str:
+    return f"{type(error).__name__}: {said}" if str(error).strip() else type(error).__name__

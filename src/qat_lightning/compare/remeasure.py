@@ -22,7 +22,7 @@ from qat_lightning.compare.noise import network_settings
 from qat_lightning.compare.quantizing import NAME, under_one_name
 from qat_lightning.compare.run import Run
 from qat_lightning.compare.settings import flatten
-from qat_lightning.errors import ConfigurationError, QuantizationError
+from qat_lightning.errors import ConfigurationError, QuantizationError, in_brief
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.signature import one_sample
 from qat_lightning.measure.metrics import latency_interleaved
@@ -94,9 +94,8 @@ def _load(place: int, run: Run) -> tuple[_Timed | None, list[str]]:
     try:
         floating = float_network(run)
     except Exception as error:  # noqa: BLE001 - the configuration runs the user's own code
-        why, *_ = str(error).splitlines() or [""]
         faults.append(
-            f"the float network cannot be made ({type(error).__name__}: {why}), so it is not timed. If its code is "
+            f"the float network cannot be made ({in_brief(error)}), so it is not timed. If its code is "
             "not found: run this in the folder of the program, or add that folder to PYTHONPATH."
         )
     try:
@@ -123,7 +122,7 @@ def _why_not_run(network: nn.Module, example: Example) -> str:
         with torch.no_grad():
             network(*one.args, **one.kwargs)
     except Exception as error:  # noqa: BLE001 - the network is the user's own code
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return in_brief(error)
     return ""
 
 

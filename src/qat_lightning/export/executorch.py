@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from qat_lightning.errors import ExportError, MissingExtraError
+from qat_lightning.errors import ExportError, MissingExtraError, in_full
 from qat_lightning.export.executorch_targets import LOWERINGS, find_openvino, lower
 from qat_lightning.export.protocol import Kernels, Port, Runner, Source
 from qat_lightning.export.pt2 import as_list, flat_graph
@@ -108,9 +108,8 @@ def _explain(error: BaseException, backend: str) -> str:
     """Return the message of the failed pass, without the wrapping that ExecuTorch adds."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(str(error).split())[:300]
     return (
-        f"ExecuTorch cannot lower the network to {backend} ({type(error).__name__}: {text}). Rewrite that part with "
+        f"ExecuTorch cannot lower the network to {backend} ({in_full(error)}). Rewrite that part with "
         "other ops, or choose another format, such as onnx or pt2."
     )
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qat_lightning.errors import ExportError, MissingExtraError
+from qat_lightning.errors import ExportError, MissingExtraError, in_full
 from qat_lightning.export.marked import marked
 from qat_lightning.export.onnx_graph import onnx_model
 from qat_lightning.export.protocol import Kernels, Port, Runner, Source
@@ -93,9 +93,8 @@ class Onnx:
         try:
             _runner(model.SerializeToString())
         except Exception as error:
-            text = " ".join(str(error).split())[:300]
             raise ExportError(
-                f"ONNX Runtime cannot load the file ({type(error).__name__}: {text}). Choose another format, such as "
+                f"ONNX Runtime cannot load the file ({in_full(error)}). Choose another format, such as "
                 "pt2, or leave the part that fails out of the network."
             ) from error
 

@@ -20,7 +20,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from qat_lightning.errors import ExportError
+from qat_lightning.errors import ExportError, in_full
 from qat_lightning.export.onnx_compressed import compress, translations
 from qat_lightning.export.onnx_rewrites import rewrite
 
@@ -103,8 +103,7 @@ def _explain(error: BaseException) -> str:
             f"ONNX has no translation of {found[1]}: rewrite that part of the network with other ops, or choose a "
             "format that runs PyTorch's own ops, such as pt2."
         )
-    text = " ".join(str(error).split())[:300]
-    return f"torch.onnx.export failed ({type(error).__name__}: {text}). Choose another format, such as pt2."
+    return f"torch.onnx.export failed ({in_full(error)}). Choose another format, such as pt2."
 
 
 def _input_names(program: ExportedProgram) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qat_lightning.errors import ExportError, MissingExtraError
+from qat_lightning.errors import ExportError, MissingExtraError, in_full
 from qat_lightning.export.marked import marked
 from qat_lightning.export.onnx import refuse_direct
 from qat_lightning.export.onnx_graph import onnx_model
@@ -74,9 +74,8 @@ class OpenVino:
             converted = _core().read_model(model.SerializeToString())
             _compile(converted)
         except Exception as error:
-            text = " ".join(str(error).split())[:300]
             raise ExportError(
-                f"OpenVINO cannot load the network ({type(error).__name__}: {text}). Choose another format, such as "
+                f"OpenVINO cannot load the network ({in_full(error)}). Choose another format, such as "
                 "onnx or pt2, or leave the part that fails out of the network."
             ) from error
         if source.is_direct:

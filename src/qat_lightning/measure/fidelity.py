@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qat_lightning.errors import in_full
 from qat_lightning.measure.class_scores import Axis, ClassScores
 from qat_lightning.measure.metrics import Agreement, SignalToQuantizationNoiseRatio, outputs_by_path
 from qat_lightning.processes import any_process, process_count
@@ -99,7 +100,7 @@ class Fidelity:
         try:
             self.update(reference(), actual, inputs, of)
         except Exception as error:  # noqa: BLE001 (no failure may end the user's test)
-            self._leave_out(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            self._leave_out(in_full(error))
 
     def compute(self) -> dict[str, float]:
         """The available values: there is no agreement without an output that is scores of classes."""

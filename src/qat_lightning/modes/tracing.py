@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qat_lightning.errors import TraceError
+from qat_lightning.errors import TraceError, in_brief
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.given_sizes import GivenSizes
 from qat_lightning.graph.graph_inputs import drop_checks, fixed_parameters, give_parameters
@@ -365,7 +365,7 @@ def _no_trace(network: nn.Module, error: Exception) -> TraceError:
     return TraceError(
         f"mode='fx' cannot trace {type(network).__name__}"
         + (f" at {where}" if where else "")
-        + f" ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). {WHAT_TO_DO}"
+        + f" ({in_brief(error)}). {WHAT_TO_DO}"
     )
 
 

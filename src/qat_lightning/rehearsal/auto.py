@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
-from qat_lightning.errors import ConfigurationError, MissingExtraError, NetworkError, QuantizationError
+from qat_lightning.errors import ConfigurationError, MissingExtraError, NetworkError, QuantizationError, first_line
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.training_flags import plain_train
 from qat_lightning.modes.compile_switch import without_compiling
@@ -181,16 +181,11 @@ def _why(chosen: str, tried: Mapping[str, Rehearsal], failed: Mapping[str, str])
         return f"{tried[mode].int8_macs * 100:.1f} % of the multiply-accumulates in int8{unsaved}"
 
     others = [f"{mode}: {share(mode)}" for mode in tried if mode != chosen]
-    others += [f"{mode}: {_short(reason)}" for mode, reason in failed.items()]
+    others += [f"{mode}: {first_line(reason)}" for mode, reason in failed.items()]
     first = f"{chosen} is the best mode for this network ({share(chosen)})"
     if tried[chosen].parts:
         first += f": its parts {', '.join(map(repr, tried[chosen].parts))}, and the code around them stays Python"
     return f"{first}\n{'; '.join(others)}" if others else first
-
-
-def _short(reason: str) -> str:
-    line = reason.strip().splitlines()[0] if reason.strip() else ""
-    return line if len(line) <= 160 else f"{line[:159]}…"
 
 
 def _other_modes(mode: str, recipe: Callable[[str], Recipe], attempt: Callable[[str], Rehearsal]) -> str:
@@ -244,7 +239,7 @@ def choose_mode(
                 with plain_train(network):
                     mode_for(trial).prepare(copy.deepcopy(network), example, trial, prefix=prefix)
         except Exception as error:  # noqa: BLE001 - an error in upstream code means that the mode does not support the network
-            failed[candidate] = _short(str(error))
+            failed[candidate] = first_line(str(error))
             continue
         others = "; ".join(f"{other}: {reason}" for other, reason in failed.items())
         order = ", ".join(mode for mode in AUTO_ORDER if not traits_of(mode).instead_of)

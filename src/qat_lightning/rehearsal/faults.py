@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from qat_lightning.errors import ConfigurationError, MissingExtraError, NetworkError, VerificationError
+from qat_lightning.errors import ConfigurationError, MissingExtraError, NetworkError, VerificationError, first_line
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.scopes import join
 from qat_lightning.layers.operators import WEIGHTED
@@ -111,9 +111,7 @@ def reason_of(error: Exception, name: str = "") -> str:
             return "its int8 output differs from fake-quant"
         figure = f"{wrong[0].sqnr_db:.1f} dB of SQNR on the same input"
         return f"in int8 it differs from fake-quant ({wrong[0].fault or figure})"
-    lines = str(error).strip().splitlines()
-    said = lines[0][:160] if lines else type(error).__name__
-    return f"it cannot be converted: {said}"
+    return f"it cannot be converted: {first_line(error)}"
 
 
 def _search(

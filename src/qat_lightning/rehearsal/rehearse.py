@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from qat_lightning.artifact import artifact_bytes, quantized_from_bytes
 from qat_lightning.artifact.quantized import QuantizedNetwork
-from qat_lightning.errors import ArtifactError, ConversionError, NetworkError, QuantizationError
+from qat_lightning.errors import ArtifactError, ConversionError, NetworkError, QuantizationError, in_brief
 from qat_lightning.graph.buffers import buffers_copied
 from qat_lightning.graph.example import Example, in_float32
 from qat_lightning.graph.scopes import join
@@ -152,10 +152,8 @@ def _prepared(network: nn.Module, example: Example, recipe: Recipe, prefix: str)
     except QuantizationError:
         raise
     except Exception as error:  # upstream may raise anything
-        lines = str(error).strip().splitlines()
         raise NetworkError(
-            f"mode={recipe.mode!r} cannot prepare {type(network).__name__} ({type(error).__name__}: "
-            f"{lines[0] if lines else ''})."
+            f"mode={recipe.mode!r} cannot prepare {type(network).__name__} ({in_brief(error)})."
         ) from error
 
 

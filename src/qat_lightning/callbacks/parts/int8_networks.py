@@ -20,7 +20,7 @@ from qat_lightning.callbacks.parts.between_processes import compile_once, pack, 
 from qat_lightning.callbacks.parts.coverage_report import log_coverage, warn_of_float
 from qat_lightning.callbacks.parts.networks import Networks, one_or_all
 from qat_lightning.callbacks.parts.variant_source import VariantSource
-from qat_lightning.errors import ConfigurationError, ConversionError
+from qat_lightning.errors import ConfigurationError, ConversionError, in_brief
 from qat_lightning.export.plain_tensors import in_its_runtime
 from qat_lightning.graph.scopes import join
 from qat_lightning.modes.left_float import leave_float
@@ -203,8 +203,7 @@ class Int8Networks:
 
     def give_up(self, error: Exception, advice: str) -> None:
         """Warn that there are no int8 networks of the present weights, because of an error, and what to do."""
-        lines = str(error).strip().splitlines()
-        self.impossible = f"{type(error).__name__}: {lines[0] if lines else ''}"
+        self.impossible = in_brief(error)
         self._made = {}  # those of other weights
         rank_zero_warn(f"There is no int8 network of {self.made_from}: {error} {advice}")
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from qat_lightning.errors import in_brief
 from qat_lightning.graph.inference_call import InferenceCall
 from qat_lightning.graph.portable_graph import PortableModule
 from qat_lightning.graph.signature import BATCH, CallSpec
@@ -143,7 +144,7 @@ class Int8Network(nn.Module):
                 library = load_library(package, self.decomposed, self.spec, tensors)
                 problem = difference(self.decomposed, library, self.spec, tensors, get_backend(self.backend, "pt2e"))
             except Exception as error:  # noqa: BLE001 (loading may fail in any way; it is compiled here instead)
-                problem = f"it cannot be loaded ({type(error).__name__}: {_first_line(error)})"
+                problem = f"it cannot be loaded ({_said(error)})"
             if problem:
                 warnings.warn(
                     f"The package compiled by another process cannot be used: {problem}. It is compiled again.",
@@ -170,7 +171,7 @@ class Int8Network(nn.Module):
                 compiled = compile_library(self.decomposed, self.spec, tensors)
                 problem = difference(self.decomposed, compiled, self.spec, tensors, get_backend(self.backend, "pt2e"))
             except Exception as error:  # noqa: BLE001 (a compiler may fail in any way; the graph runs instead)
-                problem = f"it cannot be compiled ({type(error).__name__}: {_first_line(error)})"
+                problem = f"it cannot be compiled ({_said(error)})"
                 if not has_cpp_compiler():
                     problem = "there is no C++ compiler: install one (apt install g++), or name it in CXX"
             if problem:
@@ -244,10 +245,9 @@ def compiling_enabled() -> bool:
     return compiling_allowed() and os.environ.get("QAT_LIGHTNING_COMPILE", "1") != "0"
 
 
-def _first_line(error: Exception) -> str:
-    """The first line of an error's message, or the place where it was raised if there is none."""
-    lines = str(error).strip().splitlines()
-    if lines:
-        return lines[0][:200]
+def _said(error: Exception) -> str:
+    """An error in brief, with the place where it was raised if it has no message."""
+    if str(error).strip():
+        return in_brief(error)
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"in {frame.name}, {Path(frame.filename).name}:{frame.lineno}"
+    return f"{type(error).__name__}: in {frame.name}, {Path(frame.filename).name}:{frame.lineno}"

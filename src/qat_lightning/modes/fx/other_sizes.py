@@ -17,7 +17,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from qat_lightning.errors import NetworkError, TraceError
+from qat_lightning.errors import NetworkError, TraceError, first_line
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.scopes import unused_path
 from qat_lightning.graph.signature import batch_size, has_batch
@@ -94,8 +94,9 @@ def _prepare_again(network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[st
         other = state.mode.prepare(original, example_like(network, args, kwargs), state.recipe, prefix=state.prefix)
     except Exception as error:  # a network may raise anything for other sizes
         assert network.sizes is not None
-        lines = [*str(error).splitlines(), type(error).__name__]
-        raise NetworkError(f"{network.sizes.refusal(network.sizes.others(args, kwargs))} ({lines[0]})") from error
+        raise NetworkError(
+            f"{network.sizes.refusal(network.sizes.others(args, kwargs))} ({first_line(error)})"
+        ) from error
     assert isinstance(other, GraphNetwork)
     return other
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from qat_lightning.errors import first_line
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.scopes import join
 from qat_lightning.layers.operators import WEIGHTED
@@ -89,9 +90,7 @@ class _Whole:
             return "not used by forward"
         above = [name[:end] for end in range(len(name), 0, -1) if end == len(name) or name[end] == "."]
         why = next((refused[outer] for outer in above if outer in refused), "it belongs to the code around the parts")
-        line = why.strip().splitlines()[0]
-        short = line if len(line) <= 160 else f"{line[:159]}…"
-        return f"outside of the parts {', '.join(map(repr, parts))}: {short}"
+        return f"outside of the parts {', '.join(map(repr, parts))}: {first_line(why)}"
 
     def operations(self, name: str, part: Part) -> list[LayerCoverage]:
         """The ops of a part, with their multiply-accumulates in all of its calls."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from qat_lightning.errors import ConfigurationError, MissingExtraError
+from qat_lightning.errors import ConfigurationError, MissingExtraError, first_line
 from qat_lightning.graph.buffers import buffers_copied
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.eager.observation import run_apart
@@ -142,9 +142,7 @@ def _needed_beside_forward(network: nn.Module, name: str, count: int, example: E
         with buffers_copied(part):
             got = run_apart(copied, example)
     except Exception as error:  # noqa: BLE001 - code that does not find what it needs may fail in any way
-        lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else type(error).__name__
-        return f"code outside of it also uses attributes other than its forward ({reason})"
+        return f"code outside of it also uses attributes other than its forward ({first_line(error)})"
     if sealed.__dict__["_count"] != count or not same_results(wanted, got):
         return "code outside of it does not reach it by its name and call its forward"
     return ""

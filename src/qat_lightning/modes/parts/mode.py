@@ -15,7 +15,7 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from qat_lightning.errors import ConversionError, NetworkError, TraceError, VerificationError
+from qat_lightning.errors import ConversionError, NetworkError, TraceError, VerificationError, first_line
 from qat_lightning.graph.example import Example, in_float32
 from qat_lightning.graph.scopes import join
 from qat_lightning.layers.operators import WEIGHTED
@@ -203,7 +203,7 @@ def _layers(module: nn.Module) -> int:
 
 def _no_parts(network: nn.Module, found: Found) -> NetworkError:
     refused = [(name, why) for name, why in found.refused.items() if name not in found.parts]
-    why = "; ".join(f"{name}: {reason.splitlines()[0][:160]}" for name, reason in refused[:6])
+    why = "; ".join(f"{name}: {first_line(reason)}" for name, reason in refused[:6])
     single = f"only single layers can ({_quoted(list(found.parts)[:6])})" if found.parts else "nor any single layer"
     return NetworkError(
         f"No submodule of {type(network).__name__} with several layers can be quantized on its own, "

@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qat_lightning.errors import NetworkError
+from qat_lightning.errors import NetworkError, first_line
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.scopes import join
 from qat_lightning.layers.integer import integer_layer
@@ -110,8 +110,9 @@ class QuantizesAgain:
                 example = example_like(network, args, kwargs)
                 made = quantize_fx(self.network, example, self.recipe, prefix=self.prefix, shares=self.shares).network
         except Exception as error:  # a network may raise anything for other sizes
-            lines = [*str(error).splitlines(), type(error).__name__]
-            raise NetworkError(f"{network.sizes.refusal(network.sizes.others(args, kwargs))} ({lines[0]})") from error
+            raise NetworkError(
+                f"{network.sizes.refusal(network.sizes.others(args, kwargs))} ({first_line(error)})"
+            ) from error
         return lambda network, *args, **kwargs: made(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizesAgain:

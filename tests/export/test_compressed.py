@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
+from qat_lightning.errors import ExportError
 from qat_lightning.export.formats import get_format
 from qat_lightning.export.protocol import Source
 from qat_lightning.graph.example import Example
@@ -84,6 +86,52 @@ def test_onnx_runtime_computes_what_the_integer_network_does(scheme: str, tmp_pa
     assert ops["MatMulInteger" if scheme == "dynamic" else "MatMulNBits"] == 3
     # A value may be put on the neighbouring step of a range that is found in the call, and all behind it moves.
     assert agreement(quantized, "onnx", path) > (40 if quantized.recipe.kind == "dynamic" else 100)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("mode", ["eager", "fx"])
+def test_torchscript_computes_what_the_integer_network_does_from_integers(
+    mode: str, scheme: str, tmp_path: Path
+) -> None:
+    path = written(characters(scheme, mode), "torchscript", tmp_path)
+    assert agreement(characters(scheme, mode), "torchscript", path) > 100
+    weights = 4 * sum(parameter.numel() for parameter in Characters().parameters())
+    with zipfile.ZipFile(path) as file:
+        tensors = [entry for entry in file.infolist() if "/constants/" in entry.filename or "/data/" in entry.filename]
+    assert sum(entry.file_size for entry in tensors) < 0.5 * weights
+
+
+class Mixed(nn.Module):
+    """Layers that read their weights in different ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.lstm = nn.ConvTranspose1d(4, 8, 3), nn.LSTM(8, 8, batch_first=True)
+        self.attention, self.cell = nn.MultiheadAttention(8, 2, batch_first=True), nn.GRUCell(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.lstm(self.conv(x).transpose(1, 2))[0]
+        z: Tensor = self.cell(self.attention(y, y, y)[0].mean(1))
+        return z
+
+
+def mixed(kind: Any) -> QuantizedNetwork:
+    recipe, example = Recipe("eager", "x86", kind=kind), Example((torch.randn(4, 4, 6),))
+    return QuantizedNetwork(quantize(Mixed().eval(), example, recipe), recipe, example)
+
+
+def test_torchscript_takes_recurrent_layers_and_attention_with_compressed_weights(tmp_path: Path) -> None:
+    quantized, x = mixed("weight_only"), torch.randn(4, 4, 6)
+    path = written(quantized, "torchscript", tmp_path)
+    assert sqnr_db(quantized(x), get_format("torchscript").load(path)([x])[0]) > 100
+
+
+@pytest.mark.parametrize("name", ["torchscript", "onnx", "openvino", "exported_program"])
+def test_recurrent_layers_of_kind_dynamic_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    if name in ("onnx", "openvino"):
+        pytest.importorskip(name)
+    with pytest.raises(ExportError, match=r"'lstm' runs in aten::quantized_lstm, .* exclude=, or save"):
+        written(mixed("dynamic"), name, tmp_path)
 
 
 @pytest.mark.slow

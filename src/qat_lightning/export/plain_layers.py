@@ -31,9 +31,14 @@ def plain_integer_layer(module: IntegerLayer, name: str) -> nn.Module:
         return PlainBag(table) if module.mode else table
     if isinstance(module, PlainDynamicLinear) or type(module).__name__.startswith("WeightOnly"):
         return module
-    raise ExportError(
-        f"{name!r} is a {type(module).__name__}, which cannot be exported: keep it float with exclude=, or save the "
-        "network with save(path)."
+    raise not_exportable(module, name)
+
+
+def not_exportable(layer: IntegerLayer, name: str) -> ExportError:
+    """The error for a layer whose kernel no file can hold."""
+    return ExportError(
+        f"{name!r} runs in {layer.op}, which cannot be exported: keep it float with exclude=, or save the network with "
+        "save(path)."
     )
 
 

@@ -12,8 +12,10 @@ from torch.jit._trace import TracerWarning
 
 from qat_lightning.errors import ExportError
 from qat_lightning.export.call import Call
+from qat_lightning.export.plain_layers import not_exportable
 from qat_lightning.export.protocol import Kernels, Port, Runner, Source
 from qat_lightning.export.traced_reads import TracedReads
+from qat_lightning.layers.integer.recurrent import DynamicRecurrent
 from qat_lightning.settings.engines import packing_engine, quantized_engine
 from qat_lightning.settings.modes import traits_of
 from qat_lightning.settings.recipe import Recipe
@@ -48,6 +50,12 @@ class TorchScript:
         call = Call.of(source)
         engine = source.quantized.recipe.target.engine if source.quantized is not None else None
         tensors = call.flatten(source.example.args, source.example.kwargs)
+        layers = (
+            source.network.named_modules() if source.quantized is None else source.quantized.network.named_modules()
+        )
+        for name, module in layers:
+            if isinstance(module, DynamicRecurrent):  # its packed cells cannot be part of a trace
+                raise not_exportable(module, name)
         with torch.no_grad(), quantized_engine(engine), warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             warnings.filterwarnings("ignore", category=UserWarning)
@@ -55,8 +63,9 @@ class TorchScript:
             reads = TracedReads()
             try:
                 with reads:
-                    traced = torch.jit.trace(_Flat(source.network, call).eval(), tuple(tensors), check_trace=False)
-                frozen = torch.jit.freeze(traced.eval())
+                    flat = _Flat(source.network, call).eval()
+                    traced = torch.jit.trace(flat, tuple(tensors), check_trace=False)
+                frozen = torch.jit.freeze(traced.eval(), preserved_attrs=_integers(flat))
             except Exception as error:
                 why = str(error) if isinstance(error, ExportError) else f"{type(error).__name__}: {error}"
                 raise ExportError(f"TorchScript cannot trace the network: {why}.") from error
@@ -92,6 +101,12 @@ class TorchScript:
                 return list(loaded(*tensors))
 
         return run
+
+
+def _integers(network: nn.Module) -> list[str]:
+    """Buffers that freezing would otherwise replace by the float weights that are computed from them."""
+    dequantizing = (name for name, module in network.named_modules() if getattr(module, "dequantizes", False))
+    return [f"{layer}.{name}" for layer in dequantizing for name, _ in network.get_submodule(layer).named_buffers()]
 
 
 class _Flat(nn.Module):

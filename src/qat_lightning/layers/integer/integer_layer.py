@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,11 @@ class IntegerLayer(nn.Module):
 
     Attributes:
         op: The kernel that runs, for reports.
+        dequantizes: Whether each call computes float weights from the integers, for a float kernel.
     """
 
     op = ""
+    dequantizes: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()

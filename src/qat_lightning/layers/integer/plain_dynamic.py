@@ -30,6 +30,8 @@ class PlainDynamicLinear(IntegerLayer):
         scales: float32 buffer of shape ``(out_features, groups)``.
     """
 
+    dequantizes = True
+
     op = "linear on dequantized weights, with activations on the grid of each call"
     integers: Tensor
     scales: Tensor

@@ -41,6 +41,8 @@ class WeightOnly(IntegerLayer):
         transposed_groups: See the function of this name.
     """
 
+    dequantizes = True
+
     def __init__(
         self,
         layer: nn.Module,
@@ -129,6 +131,8 @@ class WeightOnlyEmbedding(IntegerLayer):
         include_last_offset: See ``nn.EmbeddingBag``.
         grid: The grid as the values of a `WeightGrid`.
     """
+
+    dequantizes = True
 
     integers: Tensor
     scales: Tensor
@@ -256,12 +260,18 @@ def _to_double(value: Any) -> Any:
 
 
 def _call_with(layer: nn.Module, weights: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
-    if isinstance(layer, nn.RNNBase):
-        # Recurrent layers read their weights from a list of their own.
-        layer._flat_weights = [weights.get(name, getattr(layer, name)) for name in layer._flat_weights_names]
+    # Not by torch.func.functional_call, which refuses to be traced by TorchScript.
+    places = {
+        name: (layer.get_submodule(name.rpartition(".")[0])._parameters, name.rpartition(".")[2]) for name in weights
+    }
     try:
-        return torch.func.functional_call(layer, weights, args, kwargs)
+        for name, (parameters, leaf) in places.items():
+            parameters[leaf] = weights[name]  # type: ignore[assignment]
+        _forget_flat_weights(layer)
+        return layer(*args, **kwargs)
     finally:
+        for parameters, leaf in places.values():
+            parameters[leaf] = None
         _forget_flat_weights(layer)
 
 

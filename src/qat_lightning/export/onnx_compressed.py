@@ -103,6 +103,7 @@ class _Weight:
         shape: Shape of the float weight.
         transposed: See `transposed_groups`.
         group: Group size, see `WeightGrid`.
+        rows: Number of rows.
         integers: int8 of shape ``(rows, columns)``, padded to whole groups.
         scales: float32 of shape ``(rows, groups)``.
         zero_points: The same shape; None for 0.
@@ -118,17 +119,20 @@ class _Weight:
         self.bits = 4 if stored.dtype == np.uint8 else 8
         if self.bits == 4:
             stored = np.stack([stored & 15, stored >> 4], -1).reshape(stored.shape[0], -1).astype(np.int8) - np.int8(8)
-        self.integers, self.scales = stored, scales
+        self.scales = scales
+        self.rows = stored.shape[0]
+        padding = -self.values % self.group if self.group > 0 else 0
+        self.integers = np.pad(stored[:, : self.values], ((0, 0), (0, padding)))
         self.zero_points = points[0] if points and points[0] is not None else None
 
     @property
     def values(self) -> int:
         """Number of values per row."""
-        return int(math.prod(self.shape) // len(self.integers))
+        return int(math.prod(self.shape) // self.rows)
 
     def blocks(self) -> tuple[int, Any, Any, Any]:
         """Return a block size of MatMulNBits, and the integers, scales and zero points by block."""
-        rows = self.integers.shape[0]
+        rows = self.rows
         size = min(self.group, _BLOCKS[-1]) if self.group > 0 else min(_BLOCKS, key=self._bytes_of_row)
         count = -(-self.values // size)
         integers = np.zeros((rows, count * size), np.int8)

@@ -110,7 +110,9 @@ class PlainTable(WeightOnlyEmbedding):
         stored = self.integers.index_select(0, indices).float()
         scales = self.scales.index_select(0, indices)[..., None]
         high = torch.floor(stored / 16)
-        values = torch.stack([stored - 16 * high, high], -1).reshape(indices.shape[0], scales.shape[1], -1) - 8
+        values = torch.stack([stored - 16 * high, high], -1).reshape(indices.shape[0], -1)[:, : self.embedding_dim] - 8
+        padded = F.pad(values, (0, WeightGrid(*self.grid).padding(self.embedding_dim)))
+        values = padded.reshape(indices.shape[0], scales.shape[1], -1)
         if self.zero_points is not None:
             values = values - self.zero_points.index_select(0, indices)[..., None].float()
         return (values * scales).reshape(indices.shape[0], -1)[:, : self.embedding_dim]

@@ -241,3 +241,15 @@ def test_transposed_convolutions_name_what_quantizes_them(kind: type[nn.Module])
             kind is not nn.ConvTranspose3d or engine_here(BACKENDS[backend].engine) != "qnnpack"
         )
         assert rows["3"] == (everywhere or (mode == "pt2e" and backend in in_pt2e)), (mode, backend)
+
+
+@pytest.mark.parametrize("group", [2, 16, 1024])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_padding_of_groups_is_not_stored(bits: int, group: int) -> None:
+    half = 2 ** (bits - 1) - 1
+    grid, weight = WeightGrid(-half, half, group=group), torch.randn(3, 33)
+    integers, scales, _ = quantize_rows(weight, grid)
+    stored = store(integers, grid)
+    assert stored.numel() == 3 * (17 if bits == 4 else 33)
+    assert [tuple(part.shape) for part in (stored, scales)] == [tuple(part.shape) for part in grid.empty(3, 33)]
+    assert (dequantize_rows(stored, scales, None, 33, grid) - weight).abs().max() <= scales.max() * 0.5001

@@ -61,15 +61,18 @@ class WeightGrid:
         return self.quant_min >= HALF_BYTES.quant_min and self.quant_max <= HALF_BYTES.quant_max
 
     def columns(self, values: int) -> int:
-        """Number of stored values per row: whole groups, and whole bytes."""
-        step = max(self.group, 2 if self.packs else 1)
-        return -(-values // step) * step
+        """Number of stored values per row: whole bytes."""
+        return values + values % 2 if self.packs else values
+
+    def padding(self, values: int) -> int:
+        """Number of zeros that make the values of a row whole groups; they are not stored."""
+        return -values % self.group if self.group > 0 else 0
 
     def empty(self, rows: int, values: int) -> tuple[Tensor, Tensor]:
         """Integers (all 0) and scales (all 1), in the shapes that `store` and `quantize_rows` return."""
         columns = self.columns(values)
         dtype, width = (torch.uint8, columns // 2) if self.packs else (torch.int8, columns)
-        groups = columns // self.group if self.group > 0 else 1
+        groups = (values + self.padding(values)) // self.group if self.group > 0 else 1
         return torch.zeros(rows, width, dtype=dtype), torch.ones(rows, groups)
 
 
@@ -136,7 +139,7 @@ def quantize_rows(weight: Tensor, grid: WeightGrid, share: Tensor | None = None)
     rows = weight.detach().float().reshape(weight.shape[0], -1)
     count, values = rows.shape
     if grid.group > 0:
-        padded = torch.nn.functional.pad(rows, (0, -values % grid.group))
+        padded = torch.nn.functional.pad(rows, (0, grid.padding(values)))
         ranges = padded.reshape(-1, grid.group)
     else:
         padded = rows
@@ -159,31 +162,32 @@ def quantize_rows(weight: Tensor, grid: WeightGrid, share: Tensor | None = None)
 
 
 def store(integers: Tensor, grid: WeightGrid) -> Tensor:
-    """Pad rows to whole groups, and pack two values per byte if they fit into 4 bits.
+    """Pack two values per byte if they fit into 4 bits.
 
     Args:
         integers: int8, shape ``(rows, values)``.
         grid: Their grid.
 
     Returns:
-        int8 of shape ``(rows, columns)``, or uint8 of half as many columns.
+        int8 of the same shape, or uint8 of half as many columns.
 
     Example:
         >>> store(torch.tensor([[-7, 7, 1]], dtype=torch.int8), WeightGrid(-7, 7)).tolist()
         [[241, 137]]
     """
-    padded = torch.nn.functional.pad(integers, (0, grid.columns(integers.shape[1]) - integers.shape[1]))
     if not grid.packs:
-        return padded
-    halves = (padded + 8).to(torch.uint8)
+        return integers
+    halves = (torch.nn.functional.pad(integers, (0, integers.shape[1] % 2)) + 8).to(torch.uint8)
     return halves[:, ::2] | (halves[:, 1::2] << 4)
 
 
 def restore(stored: Tensor, values: int, grid: WeightGrid) -> Tensor:
-    """Inverse of `store`: int8 of shape ``(rows, columns)`` with at least ``values`` columns."""
-    if not grid.packs:
-        return stored
-    return torch.stack([stored & 15, stored >> 4], -1).reshape(stored.shape[0], -1).to(torch.int8) - 8
+    """Inverse of `store`: int8 of shape ``(rows, values)``, padded with zeros to whole groups."""
+    rows = stored
+    if grid.packs:
+        rows = torch.stack([stored & 15, stored >> 4], -1).reshape(stored.shape[0], -1).to(torch.int8) - 8
+    padding = grid.padding(values)
+    return torch.nn.functional.pad(rows[:, :values], (0, padding)) if padding else rows[:, :values]
 
 
 def dequantize_rows(

@@ -85,13 +85,19 @@ def dequantized(
         node = call(aten.sub.Scalar, (_float(graph, both), 8.0))
     else:
         node = _float(graph, node)
+    values = shape.numel() // rows
+    if grid.packs and values % 2:
+        node = call(aten.slice.Tensor, (call(aten.reshape.default, (node, [rows, -1])), 1, 0, values))
+    if grid.padding(values):
+        padded = (call(aten.reshape.default, (node, [rows, -1])), [0, grid.padding(values)])
+        node = call(aten.constant_pad_nd.default, padded)
     node = call(aten.reshape.default, (node, [rows, scales.shape[1], -1]))
     if points is not None:
         offset = _float(graph, _constant(graph_module, f"{name}_zero_points", points[..., None]))
         node = call(aten.sub.Tensor, (node, offset))
     node = call(aten.mul.Tensor, (node, _constant(graph_module, f"{name}_scales", scales[..., None])))
     node = call(aten.reshape.default, (node, [rows, -1]))
-    node = call(aten.slice.Tensor, (node, 1, 0, shape.numel() // rows))
+    node = call(aten.slice.Tensor, (node, 1, 0, values))
     if groups:
         node = call(aten.reshape.default, (node, [groups, shape[1], shape[0] // groups, -1]))
         node = call(aten.transpose.int, (node, 1, 2))

@@ -109,3 +109,11 @@ def test_what_is_quantized_is_refused_by_name(mode: str, make: Callable[[], Any]
         get_mode(mode).prepare(make(), EXAMPLE, Recipe(mode, "x86"))
     with pytest.raises(NetworkError, match=words):
         quantize(make(), EXAMPLE, Recipe(mode, "x86", kind="dynamic"))
+
+
+@pytest.mark.parametrize("first", ["eager", "fx"])
+@pytest.mark.parametrize("second", ["eager", "fx", "pt2e", "parts"])
+def test_a_network_that_is_prepared_already_is_refused_in_every_mode(first: str, second: str) -> None:
+    prepared = get_mode(first).prepare(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), EXAMPLE, Recipe(first, "x86"))
+    with pytest.raises(NetworkError, match=r"prepared for quantization already, .* a copy of the float network"):
+        get_mode(second).prepare(nn.Sequential(prepared), EXAMPLE, Recipe(second, "x86"))

@@ -10,6 +10,7 @@ from torch.ao.nn.quantized import FloatFunctional, FXFloatFunctional
 from torch.ao.quantization import FakeQuantizeBase, ObserverBase
 
 from qat_lightning.errors import NetworkError
+from qat_lightning.modes.prepared import is_prepared
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 _ELSEWHERE = (
@@ -36,8 +37,13 @@ def refuse_other_quantization(network: nn.Module) -> None:
         network: The network that is about to be prepared.
 
     Raises:
-        NetworkError: There are such modules; the message names them.
+        NetworkError: There are such modules, and the message names them; or it is prepared already, by this library.
     """
+    if any(map(is_prepared, network.modules())):
+        raise NetworkError(
+            f"{type(network).__name__} is prepared for quantization already, perhaps in another mode. What to do: "
+            "prepare a copy of the float network, copy.deepcopy(network), for each mode."
+        )
     found = {}
     for name, module in network.named_modules():
         observes = isinstance(module, (ObserverBase, FakeQuantizeBase, *_of_torchao()))

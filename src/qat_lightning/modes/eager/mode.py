@@ -67,8 +67,6 @@ class EagerMode:
 
     def prepare(self, network: nn.Module, example: Example, recipe: Recipe, *, prefix: str = "") -> nn.Module:
         """Insert fake-quant into the layers of ``network``, which stays the same object; see `Mode.prepare`."""
-        if is_prepared(network):
-            raise NetworkError(f"{type(network).__name__} is prepared for quantization already.")
         refuse_other_quantization(network)
         refuse_mixed(network, example)
         keep_tapes()

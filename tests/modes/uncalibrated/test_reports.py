@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,3 +122,43 @@ def test_weight_only_multiplies_nothing_in_integers(mode: str) -> None:
     assert all(row.macs is None for row in made.coverage)
     assert not made.operations
     assert int8_share(made.coverage) is None
+
+
+class Transposed(nn.Module):
+    """A linear layer as GPT-2 has it, and a bias by position, which is no factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.positions = nn.Parameter(torch.randn(16, 8)), nn.Parameter(torch.randn(1, 5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(x.new_zeros(8), x.flatten(0, 1), self.weight).unflatten(0, x.shape[:2]) + self.positions
+
+
+class Experts(nn.Module):
+    """Weights of several linear layers in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(2, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weights[0] + x @ self.weights[1]
+
+
+class Added(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.table
+
+
+@pytest.mark.parametrize("kind", ["weight_only", "dynamic"])
+@pytest.mark.parametrize("mode", ["eager", "fx", "pt2e"])
+def test_custom_modules_that_multiply_by_their_own_weight_are_reported_as_float(mode: str, kind: Any) -> None:
+    network = nn.Sequential(Transposed(), Experts(), Added(), nn.Linear(8, 4)).eval()
+    converted = quantize(network, Example((torch.randn(2, 5, 16),)), Recipe(mode, "x86", kind=kind))
+    assert {row.name: row.quantized for row in converted.coverage} == {"0": False, "1": False, "3": True}
+    assert all("multiplies by its own weight" in row.reason for row in converted.coverage if not row.quantized)

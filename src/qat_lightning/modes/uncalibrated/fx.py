@@ -59,6 +59,7 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
         if row.quantized:
             own = recipe.of(join(prefix, row.name))
             _put(graph_module, row.name, integer_layer(original.get_submodule(row.name), own, shares.get(row.name)))
+    reached = [_owner(node) for node in functional]
     for node in functional:
         traced = _traced_through(node, graph_module.graph)
         weight = str(_linear_arguments(node)["weight"].target)
@@ -81,7 +82,7 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
     checks, notes = check_layers(calls, recipe.target, named)
     checked = check_whole_of(integer, actual, calls, example, checks, named)
     functions = _flops_of_functions(calls, [f"functional_{node.name}" for node in functional])
-    coverage, between = with_macs(coverage, original, example, recipe, functions)
+    coverage, between = with_macs(coverage, original, example, recipe, functions, reached)
     return Converted(integer, coverage, checks, [*notes, *end_to_end(expected, actual)], between, checked)
 
 
@@ -142,11 +143,15 @@ def _in_graph(row: LayerCoverage, graph: fx.Graph, used: set[str]) -> LayerCover
 
 def _traced_through(node: fx.Node, graph: fx.Graph) -> str:
     """The layer of a custom class for a linear function, if the function is the only reader of its weight."""
-    weight = _linear_arguments(node)["weight"]
-    layer = str(weight.target).rpartition(".")[0]
+    weight, layer = _linear_arguments(node)["weight"], _owner(node)
     called = any(other.target == layer for other in graph.find_nodes(op="call_module"))
     readers = [u for other in graph.find_nodes(op="get_attr", target=weight.target) for u in other.users]
     return "" if called or readers != [node] else layer
+
+
+def _owner(node: fx.Node) -> str:
+    """The module whose parameter is the weight of a linear function."""
+    return str(_linear_arguments(node)["weight"].target).rpartition(".")[0]
 
 
 def _linear_functions(graph_module: fx.GraphModule, recipe: Recipe, prefix: str) -> list[fx.Node]:

@@ -376,6 +376,9 @@ def test_signatures_come_back() -> None:
         F.linear,
         F.scaled_dot_product_attention,
         torch.linalg.vector_norm,
+        torch.stft,
+        torch.istft,
+        torch.special.expit,
         getattr,
         math.sqrt,
         torch.ops.aten.add.Tensor,
@@ -391,6 +394,12 @@ def test_functions_come_back(function: Any) -> None:
     name = name_of(function)
     assert is_allowed(name)
     assert function_of(name) is function
+
+
+def test_a_function_of_torch_that_no_file_may_call_is_found_where_the_file_is_trusted() -> None:
+    name = name_of(torch.from_numpy)
+    assert not is_allowed(name)
+    assert function_of(name, trusted=True) is torch.from_numpy
 
 
 def test_missing_operator_is_an_error_of_ours() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.ao.nn.intrinsic.quantized as nniq
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from qat_lightning import calibrate
 from qat_lightning.artifact.quantized import QuantizedNetwork
@@ -272,3 +273,11 @@ def test_auto_shows_networks_of_a_mode_that_another_one_surpassed_for_a_while(mo
     )
     assert found.mode == "eager"
     assert len(seen) == 1
+
+
+def test_a_mode_that_makes_nothing_int8_is_not_what_an_error_suggests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "0")
+    network = nn.Sequential(weight_norm(nn.Conv1d(4, 8, 3)), nn.LeakyReLU(), weight_norm(nn.Conv1d(8, 4, 3)))
+    said = r"mode='fx' works, with nothing in int8; mode='pt2e' works \(100 % of"
+    with pytest.raises(QuantizationError, match=said):
+        decide("eager", network, Example((torch.randn(4, 4, 12),)), lambda mode: Recipe(mode, "x86"))

@@ -30,43 +30,44 @@ def words(text: str) -> frozenset[str]:
 
 _COMPUTE = words(
     """
-    abs absolute acos acosh add addbmm addcdiv addcmul addmm addmv addr adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d adaptive_max_pool1d_with_indices
-    adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices adjoint affine_grid affine_grid_generator all
-    allclose alpha_dropout amax amin aminmax angle any arange arccos arccosh arcsin arcsinh arctan arctan2 arctanh
-    argmax argmin argsort argwhere asin asinh atan atan2 atanh atleast_1d atleast_2d atleast_3d avg_pool1d avg_pool2d
-    avg_pool3d baddbmm batch_norm bilinear bincount bitwise_and bitwise_left_shift bitwise_not bitwise_or
-    bitwise_right_shift bitwise_xor block_diag bmm broadcast_tensors broadcast_to bucketize cartesian_prod cat cdist
-    ceil celu chain_matmul channel_shuffle chunk clamp clamp_max clamp_min clip clone column_stack combinations complex
-    concat concatenate conj conj_physical constant_pad_nd conv1d conv2d conv3d conv_tbc conv_transpose1d
-    conv_transpose2d conv_transpose3d convolution copysign corrcoef cos cosh cosine_similarity count_nonzero cov cross
-    cummax cummin cumprod cumsum deg2rad dequantize det detach diag diag_embed diagflat diagonal diagonal_scatter diff
-    digamma dist div divide dot dropout dropout1d dropout2d dropout3d dsplit dstack einsum elu embedding embedding_bag
-    empty empty_like eq equal erf erfc erfinv exp exp2 expm1 eye feature_alpha_dropout feature_dropout fft fft2 fftn
-    fftshift fix flatten flip fliplr flipud float_power floor floor_divide fmax fmin fmod fold frac full full_like
-    gather ge gelu glu greater greater_equal grid_sample grid_sampler grid_sampler_2d grid_sampler_3d group_norm gt
-    gumbel_softmax hardshrink hardsigmoid hardswish hardtanh heaviside histc hsplit hstack hypot ifft ifft2 ifftn
-    ifftshift igamma igammac imag index_add index_copy index_fill index_put index_reduce index_select inner
-    instance_norm int_repr interpolate inverse irfft irfft2 irfftn is_complex is_floating_point isclose isfinite isin
-    isinf isnan isneginf isposinf isreal kron kthvalue layer_norm ldexp le leaky_relu lerp less less_equal lgamma
-    linear linspace local_response_norm log log10 log1p log2 log_sigmoid log_softmax logaddexp logaddexp2 logcumsumexp
-    logdet logical_and logical_not logical_or logical_xor logit logsigmoid logspace logsumexp lp_pool1d lp_pool2d
-    lp_pool3d lt masked_fill masked_scatter masked_select matmul matrix_exp matrix_norm matrix_power max max_pool1d
-    max_pool1d_with_indices max_pool2d max_pool2d_with_indices max_pool3d max_pool3d_with_indices max_unpool1d
-    max_unpool2d max_unpool3d maximum mean median meshgrid min minimum mish mm moveaxis movedim msort mul
-    multi_head_attention_forward multinomial multiply mv mvlgamma nan_to_num nanmean nanmedian nansum narrow
-    native_batch_norm native_channel_shuffle native_group_norm native_layer_norm ne neg negative nonzero norm normalize
-    not_equal numel one_hot ones ones_like outer pad pairwise_distance permute pinv pinverse pixel_shuffle
-    pixel_unshuffle polar polygamma positive pow prelu prod quantile quantize_per_channel quantize_per_tensor rad2deg
-    rand rand_like randint randn randn_like randperm ravel real reciprocal relu relu6 remainder renorm
-    repeat_interleave reshape rfft rfft2 rfftn rms_norm roll rot90 round row_stack rrelu rsqrt rsub scalar_tensor
-    scaled_dot_product_attention scatter scatter_add scatter_reduce searchsorted select select_scatter selu sgn sigmoid
-    sign signbit silu sin sinc sinh slice_scatter slogdet softmax softmin softplus softshrink softsign solve sort split
-    split_with_sizes sqrt square squeeze stack std std_mean sub subtract sum svd swapaxes swapdims t take
-    take_along_dim tan tanh tanhshrink tensor_split tensordot threshold tile topk trace transpose tril tril_indices
-    triu triu_indices true_divide trunc unbind unflatten unfold unique unique_consecutive unravel_index unsqueeze
-    upsample vander var var_mean vdot vecdot vector_norm view_as_complex view_as_real vsplit vstack where xlogy zeros
-    zeros_like
+    abs absolute acos acosh adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
+    adaptive_max_pool1d_with_indices adaptive_max_pool2d adaptive_max_pool2d_with_indices adaptive_max_pool3d
+    adaptive_max_pool3d_with_indices add addbmm addcdiv addcmul addmm addmv addr adjoint affine_grid
+    affine_grid_generator all allclose alpha_dropout amax amin aminmax angle any arange arccos arccosh arcsin
+    arcsinh arctan arctan2 arctanh argmax argmin argsort argwhere asin asinh atan atan2 atanh atleast_1d atleast_2d
+    atleast_3d avg_pool1d avg_pool2d avg_pool3d baddbmm bartlett_window batch_norm bilinear bincount bitwise_and
+    bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor blackman_window block_diag bmm
+    broadcast_tensors broadcast_to bucketize cartesian_prod cat cdist ceil celu chain_matmul channel_shuffle chunk
+    clamp clamp_max clamp_min clip clone column_stack combinations complex concat concatenate conj conj_physical
+    constant_pad_nd conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d convolution
+    copysign corrcoef cos cosh cosine_similarity count_nonzero cov cross cummax cummin cumprod cumsum deg2rad
+    dequantize det detach diag diag_embed diagflat diagonal diagonal_scatter diff digamma dist div divide dot
+    dropout dropout1d dropout2d dropout3d dsplit dstack einsum elu embedding embedding_bag empty empty_like eq equal
+    erf erfc erfinv exp exp2 expit expm1 eye feature_alpha_dropout feature_dropout fft fft2 fftn fftshift fix
+    flatten flip fliplr flipud float_power floor floor_divide fmax fmin fmod fold frac full full_like gather ge gelu
+    glu greater greater_equal grid_sample grid_sampler grid_sampler_2d grid_sampler_3d group_norm grouped_mm gt
+    gumbel_softmax hamming_window hann_window hardshrink hardsigmoid hardswish hardtanh heaviside histc hsplit
+    hstack hypot ifft ifft2 ifftn ifftshift igamma igammac imag index_add index_copy index_fill index_put
+    index_reduce index_select inner instance_norm int_repr interpolate inverse irfft irfft2 irfftn is_complex
+    is_floating_point isclose isfinite isin isinf isnan isneginf isposinf isreal istft kaiser_window kron kthvalue
+    layer_norm ldexp le leaky_relu lerp less less_equal lgamma linear linspace local_response_norm log log10 log1p
+    log2 log_sigmoid log_softmax logaddexp logaddexp2 logcumsumexp logdet logical_and logical_not logical_or
+    logical_xor logit logsigmoid logspace logsumexp lp_pool1d lp_pool2d lp_pool3d lt masked_fill masked_scatter
+    masked_select matmul matrix_exp matrix_norm matrix_power max max_pool1d max_pool1d_with_indices max_pool2d
+    max_pool2d_with_indices max_pool3d max_pool3d_with_indices max_unpool1d max_unpool2d max_unpool3d maximum mean
+    median meshgrid min minimum mish mm moveaxis movedim msort mul multi_head_attention_forward multinomial multiply
+    mv mvlgamma nan_to_num nanmean nanmedian nansum narrow native_batch_norm native_channel_shuffle
+    native_group_norm native_layer_norm ne neg negative nonzero norm normalize not_equal numel one_hot ones
+    ones_like outer pad pairwise_distance permute pinv pinverse pixel_shuffle pixel_unshuffle polar polygamma
+    positive pow prelu prod quantile quantize_per_channel quantize_per_tensor rad2deg rand rand_like randint randn
+    randn_like randperm ravel real reciprocal relu relu6 remainder renorm repeat_interleave reshape rfft rfft2 rfftn
+    rms_norm roll rot90 round row_stack rrelu rsqrt rsub scalar_tensor scaled_dot_product_attention scatter
+    scatter_add scatter_reduce searchsorted select select_scatter selu sgn sigmoid sign signbit silu sin sinc sinh
+    slice_scatter slogdet softmax softmin softplus softshrink softsign solve sort split split_with_sizes sqrt square
+    squeeze stack std std_mean stft sub subtract sum svd svdvals swapaxes swapdims t take take_along_dim tan tanh
+    tanhshrink tensor_split tensordot threshold tile topk trace transpose tril tril_indices triu triu_indices
+    true_divide trunc unbind unflatten unfold unique unique_consecutive unravel_index unsqueeze upsample vander var
+    var_mean vdot vecdot vector_norm view_as_complex view_as_real vsplit vstack where xlogy zeros zeros_like
     """
 )
 """Computations: as functions, methods and aten ops, also in place (with ``_`` appended)."""
@@ -197,6 +198,9 @@ def name_of(function: Any) -> str:
     name = _names().get(function)
     if name is not None:
         return name
+    base = getattr(function, "__name__", "")
+    if getattr(torch, base, None) is function:  # functions of torch that are written in C++ do not know their module
+        return f"torch:{base}"
     name = f"{getattr(function, '__module__', None)}:{getattr(function, '__qualname__', None)}"
     try:
         found = _imported(name)

@@ -189,15 +189,18 @@ def _why(chosen: str, tried: Mapping[str, Rehearsal], failed: Mapping[str, str])
 
 
 def _other_modes(mode: str, recipe: Callable[[str], Recipe], attempt: Callable[[str], Rehearsal]) -> str:
-    """Which other mode works, as tried; pt2e is left out, because preparing takes long."""
+    """Which other mode works, as tried; pt2e last, because preparing takes long."""
     tried = []
-    for candidate in ("fx", "eager"):
+    for candidate in ("fx", "eager", "pt2e"):
         if candidate == mode or not _there(recipe, candidate):
             continue
         try:
             found = attempt(candidate)
         except Exception:  # noqa: BLE001
             tried.append(f"mode={candidate!r} fails as well")
+            continue
+        if not found.int8_macs:
+            tried.append(f"mode={candidate!r} works, with nothing in int8")
             continue
         share = f"{found.int8_macs * 100:.0f} % of the multiply-accumulates in int8"
         tried.append(f"mode={candidate!r} works ({share})")

@@ -215,3 +215,17 @@ def test_hyperparameters_that_are_python_objects_are_text(tmp_path: Path) -> Non
     assert run.config["sizes"] == [3, 4]
     assert set(run.config) == set(given)
     assert run.config["lr"] == given["lr"]
+
+
+def test_wandbs_whole_numbers_are_read_as_hydra_wrote_them(tmp_path: Path) -> None:
+    config = {"seed": 0, "freeze": {"freeze_observers": 1.0, "lr": 0.5}, "classes": 10}
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "config.yaml").write_text(
+        "seed: 0\nfreeze: {freeze_observers: 1.0, lr: 0.1}\nclasses: null\n"
+    )
+    (tmp_path / ".hydra" / "overrides.yaml").write_text("- seed=0\n- resume=True\n")
+    log_offline(tmp_path, "dddd", **config)
+    (run,) = find_runs([tmp_path])
+    assert run.config == config
+    assert isinstance(run.config["freeze"]["freeze_observers"], float)
+    assert run.overrides == ("seed=0",), "resume=true says how it was launched"

@@ -102,3 +102,14 @@ def test_flattening_keeps_every_leaf(config):
 def test_a_checkpoint_of_float_is_no_setting():
     runs = [qat("fx"), dataclasses.replace(qat("fx"), config=qat("fx").config | {"float_checkpoint": "a/last.ckpt"})]
     assert labelled(runs) == {}
+
+
+def test_a_number_is_one_setting_whether_a_logger_stored_it_whole_or_as_a_fraction():
+    csv = {"label_smoothing": 0.0, "lr": 1.0, "betas": [0.9, 1.0], "optimizer": {"eps": 2.0}}
+    wandb = {"label_smoothing": 0, "lr": 1, "betas": [0.9, 1], "optimizer": {"eps": 2}}
+    assert labelled([Run("a", "a", config=csv), Run("b", "b", config=wandb)]) == {}
+
+
+def test_one_epoch_and_the_share_of_all_are_different_settings():
+    runs = [Run(str(v), str(v), config={"quantization": {"freeze_observers": v}, "lr": v}) for v in (1, 1.0)]
+    assert labelled(runs) == {"freeze_observers": ("1", "1.0")}

@@ -21,6 +21,7 @@ from qat_lightning.compare.run import Run, Status, numbers
 from qat_lightning.errors import RunFileError
 from qat_lightning.run.app import INT8_FILE
 from qat_lightning.sweep.result import FILE as RESULT
+from qat_lightning.sweep.result import identity
 
 HYDRA = ".hydra"
 _STATUS: dict[str, Status] = {"completed": "finished", "pruned": "pruned", "skipped": "skipped", "failed": "failed"}
@@ -118,7 +119,7 @@ def _read(place: _Place) -> Run:
         run,
         folder=str(place.folder),
         config=_of_both(run.config, _config(hydra / "config.yaml")),
-        overrides=tuple(str(word) for word in overrides),
+        overrides=tuple(identity(overrides)),
     )
     run = replace(run, ladder=read_ladder(place.folder))
     return _with_file(_with_result(run, result) if result else run, place.folder / INT8_FILE)
@@ -211,9 +212,18 @@ def _of_both(logged: Mapping[str, Any], hydra: dict[str, Any]) -> Mapping[str, A
     The logger of a user's own program may contain only hyperparameters of the LightningModule, which can be the same in
     all trials of a sweep. Settings logged by the callback are included in any case.
     """
-    if not hydra or hydra.keys() <= logged.keys():
+    if not hydra:
         return logged
+    if hydra.keys() <= logged.keys():
+        return {key: _as_written(value, hydra.get(key)) for key, value in logged.items()}
     return {**{key: value for key, value in logged.items() if key.startswith(QUANTIZATION)}, **hydra}
+
+
+def _as_written(logged: Any, written: Any) -> Any:
+    """Return a logged value, as Hydra's configuration has it if they are equal: W&B stores 1.0 as 1."""
+    if isinstance(logged, Mapping) and isinstance(written, Mapping):
+        return {key: _as_written(value, written.get(key)) for key, value in logged.items()}
+    return written if logged == written else logged
 
 
 def _resolved(node: Any) -> dict[str, Any]:

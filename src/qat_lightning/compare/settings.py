@@ -23,6 +23,8 @@ _NO_SETTINGS = (
 )
 _PLACES = ("dirpath", "save_dir", "output_dir", "default_root_dir", "root_dir", "log_dir", "cache_dir", "data_dir")
 SEED = "seed"
+# 1 and 1.0 differ only here: one epoch or batch, and the share of all
+_COUNTS_OR_SHARES = ("start", "freeze_*", "limit_*_batches", "overfit_batches", "val_check_interval")
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,10 @@ class Setting:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Flatten a nested configuration; values become text.
+    """Flatten a nested configuration; values become text, equal ones the same text.
 
     Example:
-        >>> flatten({"mode": {"name": "fx"}, "start": 0.3, "strides": [1, 2], "module": None})
+        >>> flatten({"mode": {"name": "fx"}, "start": 0.3, "strides": [1, 2.0], "module": None})
         {'mode.name': 'fx', 'start': '0.3', 'strides': '[1, 2]', 'module': 'null'}
     """
     flat: dict[str, str] = {}
@@ -52,8 +54,22 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
+            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(_one_form(key, value), default=str)
     return flat
+
+
+def _one_form(key: str, value: Any) -> Any:
+    """Return a value with whole numbers as integers: W&B stores 1.0 as 1, and a CSV logger does not."""
+    if isinstance(value, list | tuple):
+        return [_one_form(key, part) for part in value]
+    if isinstance(value, Mapping):
+        return {name: _one_form(name, part) for name, part in value.items()}
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) <= _EXACT
+    is_share = value == 1 and any(fnmatchcase(key, name) for name in _COUNTS_OR_SHARES)
+    return int(value) if is_whole and not is_share else value
+
+
+_EXACT = 2**53  # up to here each whole number has its own float
 
 
 def settings_of(run: Run, ignore: Sequence[str] = ()) -> dict[str, str]:
@@ -73,7 +89,7 @@ def settings_of(run: Run, ignore: Sequence[str] = ()) -> dict[str, str]:
     return {
         key: value
         for key, value in flat.items()
-        if key.rpartition(".")[2] not in (SEED, *_PLACES) and not _is_one_of(key, ignore) and not _is_none(key, value)
+        if key.rpartition(".")[2] not in (SEED, *_PLACES) and not is_one_of(key, ignore) and not _is_none(key, value)
     }
 
 
@@ -82,7 +98,7 @@ def _is_none(key: str, value: str) -> bool:
     return value == "null" and key.startswith("callbacks.") and key.count(".") == 1
 
 
-def _is_one_of(key: str, globs: Sequence[str]) -> bool:
+def is_one_of(key: str, globs: Sequence[str]) -> bool:
     """Whether a setting, or a section that holds it, matches a glob: a section may be null in another run."""
     return any(fnmatchcase(key, glob) or fnmatchcase(key, f"{glob}.*") for glob in globs)
 

@@ -279,3 +279,18 @@ def test_what_separates_a_run_from_the_float_runs_is_said_with_the_remedy() -> N
     later = dataclasses.replace(quantized, config=quantized.config | {"lr": 0.01, "seed": 4})
     (found,) = (c for c in compare([float_run, later]).configurations if c.variant == "int8")
     assert found.unpaired == "no float run has the seed 4"
+
+
+def test_data_and_networks_are_never_suggested_to_be_ignored_and_of_many_differences_the_rest_is_counted() -> None:
+    same = {"_target_": "qat_lightning.QuantizationAwareTraining"}
+
+    def unpaired(**other: object) -> str:
+        float_run = Run("float", "f", config={"lr": 0.1}, metrics={"test/acc": 0.98})
+        quantized = Run("q", "q", config={"lr": 0.1, **other, "quantization": same}, metrics={"int8/test/acc": 0.97})
+        (found,) = (c for c in compare([float_run, quantized]).configurations if c.variant == "int8")
+        return found.unpaired
+
+    assert unpaired(data={"name": "digits"}).endswith("float has another data.name")
+    assert unpaired(model={"width": 8}).endswith("float has another model.width")
+    assert unpaired(**dict.fromkeys("abcdefgh", 1)).endswith("float has another a, b, c, d, e and 3 more")
+    assert unpaired(a=1).endswith("float has another a; with --ignore 'a' they are compared")

@@ -254,11 +254,18 @@ def why_unpaired(run: Run, float_runs: Sequence[Run], ignore: Sequence[str] = ()
     nearest, keys = min(found, key=lambda pair: len(pair[1]))
     if not keys:
         return f"no float run has the seed {seed_of(run)}"
-    globs = " ".join(f"--ignore {key!r}" for key in keys[:5])
     name = " ".join(nearest.overrides) or nearest.name
-    return (
-        f"no float run has the same training: {name} has another {', '.join(keys[:5])}; with {globs} they are compared"
-    )
+    more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
+    said = f"no float run has the same training: {name} has another {', '.join(keys[:_NAMED])}{more}"
+    if more or any(key.partition(".")[0] in _DATA_AND_NETWORK for key in keys):
+        return said
+    return f"{said}; with {' '.join(f'--ignore {key!r}' for key in keys)} they are compared"
+
+
+_NAMED = 5
+"""How many differing settings are named."""
+# Sections without which a float run would be that of another network or of other data
+_DATA_AND_NETWORK = ("data", "dataset", "datamodule", "model", "net", "network", "module")
 
 
 def _drop(

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qat_lightning.compare import Limits, compare, decide
+from qat_lightning.compare.tasks import only
 from qat_lightning.errors import ConfigurationError
 from tests.compare.making import plain, qat
 
@@ -191,3 +192,45 @@ def test_the_winner_keeps_every_limit_and_nothing_that_does_is_better(max_drop, 
     assert decision.winner in fit
     best = {"score": lambda c: -c.score.mean, "latency": lambda c: c.latency_ms.mean, "size": lambda c: c.size_mb.mean}
     assert best[limits.goal](decision.winner) == min(map(best[limits.goal], fit))
+
+
+def of_task(run, data):
+    return dataclasses.replace(
+        run, config=run.config | {"data": {"name": data, "datamodule": {"_target_": f"my.{data}"}}}
+    )
+
+
+def test_each_task_has_its_own_front_and_nothing_is_chosen_across_tasks():
+    easy = [of_task(run, "digits") for run in RUNS]
+    hard = [of_task(qat("fx", acc=0.7, latency=3.5, size=1.2), "photos")]
+    both = compare([*hard, *easy])
+    assert [str(c.task) for c in both.configurations] == ["photos", *["digits"] * 4]
+    alone = {c.score.mean for c in compare(easy).front}
+    assert {c.score.mean for c in both.front} == {*alone, 0.7}
+    decision = decide(both, Limits(max_drop=0.5))
+    assert decision.winner is None
+    assert decision.reason == (
+        "No run is chosen, because the runs are of 2 tasks (photos, digits), and scores compare only within a task: "
+        "--only 'data.name=photos' compares one of them."
+    )
+    chosen = only([*hard, *easy], ["data.name=digits"])
+    assert decide(compare(chosen), Limits(max_drop=0.5)).winner.label == "qat pt2e"
+
+
+def test_networks_with_other_metrics_are_other_tasks_and_other_settings_are_not():
+    def stating(run, **model):
+        return dataclasses.replace(run, config=run.config | {"model": {"width": 8} | model})
+
+    by_accuracy = stating(qat("fx"), metric={"name": "acc", "mode": "max"})
+    by_loss = stating(qat("pt2e"), metric={"name": "loss", "mode": "min"})
+    assert "2 tasks (acc, loss)" in decide(compare([by_accuracy, by_loss], metric="test/acc"), Limits()).reason
+    assert len(compare([stating(qat("fx")), stating(qat("fx"), width=16)]).tasks) == 1
+
+
+def test_a_setting_that_no_run_has_is_an_error_that_lists_the_values():
+    with pytest.raises(
+        ConfigurationError, match=r"'mode.name=eagre': no run has this setting. Values of mode.name: eager, fx"
+    ):
+        only(RUNS, ["mode.name=eagre"])
+    with pytest.raises(ConfigurationError, match="give KEY=VALUE"):
+        only(RUNS, ["mode.name"])

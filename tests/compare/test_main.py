@@ -103,3 +103,18 @@ def test_the_page_is_written(trials: Path, tmp_path: Path) -> None:
     assert main([str(trials), "--html", str(tmp_path / "page.html"), "--title", "mine"]) == 0
     assert "<title>mine</title>" in (tmp_path / "page.html").read_text()
     assert main([str(trials), "--html", str(tmp_path / "no" / "page.html")]) == 2
+
+
+def test_runs_of_several_tasks_are_compared_one_task_at_a_time(
+    trials: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in range(4):
+        path = trials / str(place) / ".hydra" / "config.yaml"
+        path.write_text(f"{path.read_text()}data:\n  name: {'digits' if place < 2 else 'photos'}\n")
+    assert main([str(trials), "--max-drop", "3", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["winner"], [c["task"] for c in found["configurations"]]) == (None, ["digits", "photos"])
+    assert main([str(trials), "--max-drop", "3", "--only", "data.name=photos", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["winner"] == found["configurations"][0]["label"]
+    assert [c["task"] for c in found["configurations"]] == [""]

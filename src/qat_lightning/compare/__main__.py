@@ -18,6 +18,7 @@ from qat_lightning.compare.online import find_online
 from qat_lightning.compare.page import page
 from qat_lightning.compare.remeasure import remeasure
 from qat_lightning.compare.table import as_csv, as_json, markdown, rich_table
+from qat_lightning.compare.tasks import only
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.terminal import console, status_of
 
@@ -47,6 +48,7 @@ def _run(options: argparse.Namespace) -> int:
     _check(targets)
     runs = find_runs(options.paths) if options.paths else []
     runs += [run for address in options.wandb for run in find_online(address)]
+    runs = only(runs, options.only)
     settings = {"metric": options.metric, "larger_is_better": _LARGER[options.goal], "ignore": options.ignore}
     comparison = compare(runs, **settings)
     if options.remeasure:
@@ -109,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--ignore", action="append", default=[], metavar="GLOB", help="settings to ignore, such as 'trainer.*'"
+    )
+    what.add_argument(
+        "--only", action="append", default=[], metavar="KEY=VALUE", help="compare only runs with it: 'data.name=digits'"
     )
     what.add_argument(
         "--remeasure",

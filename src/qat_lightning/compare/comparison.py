@@ -15,6 +15,7 @@ from qat_lightning.compare.quantizing import NAME, quantizes, under_one_name
 from qat_lightning.compare.run import Run, numbers
 from qat_lightning.compare.settings import ABSENT, Setting, differing, flatten, seed_of, training_of, training_settings
 from qat_lightning.compare.spread import Spread, spread
+from qat_lightning.compare.tasks import ONLY_TASK, Task, tasks_of
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.settings.variants import VARIANTS
 
@@ -38,7 +39,8 @@ class Configuration:
         baseline: What ``drop`` is relative to.
         unpaired: Why no float run is its baseline, if there are float runs.
         noise: Why its latency is unreliable; empty if it is reliable.
-        on_front: Whether no other configuration beats it in score, latency and size by more than a tolerance.
+        on_front: Whether no other of its task beats it in score, latency and size by more than a tolerance.
+        task: Its data and metric, as far as configurations differ in them: scores compare only within a task.
     """
 
     label: str
@@ -55,6 +57,7 @@ class Configuration:
     unpaired: str = ""
     noise: str = ""
     on_front: bool = False
+    task: Task = ONLY_TASK
 
     @property
     def is_float(self) -> bool:
@@ -69,7 +72,7 @@ class Comparison:
     Args:
         metric: The metric.
         settings: The settings in which configurations differ.
-        configurations: Best score first.
+        configurations: Best score first, one task after the other.
         left_out: Runs that were not compared: failed, skipped, unfinished, unreadable, or without the metric
             of their configuration's variant.
     """
@@ -86,8 +89,13 @@ class Comparison:
 
     @property
     def front(self) -> tuple[Configuration, ...]:
-        """The configurations that no other beats in score, latency and size."""
+        """The configurations that no other of their task beats in score, latency and size."""
         return tuple(configuration for configuration in self.configurations if configuration.on_front)
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks of the configurations; a choice is made within one only."""
+        return tuple(dict.fromkeys(configuration.task for configuration in self.configurations))
 
 
 def compare(
@@ -134,11 +142,14 @@ def compare(
     found = [
         _configuration(same, settings, values, chosen, floats, float_runs, ignore) for values, same in folded.items()
     ]
-    found = [replace(c, noise=why_noisy(c.runs, c.latency_ms, c.speedup, fastest, ignore)) for c in found]
+    tasks = tasks_of([c.runs[0] for c in found], ignore)
+    noises = [why_noisy(c.runs, c.latency_ms, c.speedup, fastest, ignore) for c in found]
+    found = [replace(c, noise=noise, task=task) for c, noise, task in zip(found, noises, tasks, strict=True)]
     variants = {id(run): c.variant for c, same in zip(found, folded.values(), strict=True) for run in same}
     compared = {id(run) for c in found for run in c.runs}
     sign = -1 if chosen.larger_is_better else 1
-    found.sort(key=lambda configuration: sign * configuration.score.mean)
+    in_order = [*dict.fromkeys(tasks)]
+    found.sort(key=lambda configuration: (in_order.index(configuration.task), sign * configuration.score.mean))
     front = _front(found, chosen)
     return Comparison(
         chosen,
@@ -184,7 +195,22 @@ def _front(configurations: Sequence[Configuration], metric: Metric) -> list[bool
     noisy = any(configuration.noise for configuration in configurations)
     points = [_goals(configuration, metric, noisy) for configuration in configurations]
     tolerances = (score_tolerance(metric), *(() if noisy else (math.log1p(LATENCY),)), math.log1p(SIZE))
-    return pareto_front(points, tolerances)
+    return front_of_each_task(configurations, points, tolerances)
+
+
+def front_of_each_task(
+    configurations: Sequence[Configuration],
+    points: Sequence[tuple[float, ...] | None],
+    tolerances: Sequence[float] = (),
+) -> list[bool]:
+    """Return whether each configuration is on the `pareto_front` of its task, given their points."""
+    places: dict[Task, list[int]] = {}
+    for place, configuration in enumerate(configurations):
+        places.setdefault(configuration.task, []).append(place)
+    fronts: dict[int, bool] = {}
+    for same in places.values():
+        fronts |= zip(same, pareto_front([points[place] for place in same], tolerances), strict=True)
+    return [fronts[place] for place in range(len(configurations))]
 
 
 def _goals(configuration: Configuration, metric: Metric, noisy: bool) -> tuple[float, ...] | None:

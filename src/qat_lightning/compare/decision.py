@@ -83,7 +83,8 @@ def decide(comparison: Comparison, limits: Limits) -> Decision:
 
     Float runs are not candidates: they are the reference, and if one beats the choice, the reason says so. A
     configuration without a limited figure does not qualify. Latencies that were disturbed by other work are ignored.
-    Ties go to the better score, then to the lower latency, then to the smaller size.
+    Ties go to the better score, then to the lower latency, then to the smaller size. Among several tasks nothing is
+    chosen.
 
     Args:
         comparison: The configurations.
@@ -93,6 +94,8 @@ def decide(comparison: Comparison, limits: Limits) -> Decision:
         The choice with its reason. If nothing qualifies, the reason names the closest configuration and the
         limit it misses.
     """
+    if len(comparison.tasks) > 1:
+        return Decision(None, None, _of_several_tasks(comparison))
     if not limits.given:
         front, total = len(comparison.front), len(comparison.configurations)
         asked = f"{front} of {_count(total)} {'is' if front == 1 else 'are'} on the Pareto front"
@@ -120,6 +123,15 @@ def decide(comparison: Comparison, limits: Limits) -> Decision:
     reason = f"{best}: {_figure(winner, comparison, goal)}." + _against(winner, runner_up, comparison, goal)
     reason += note + _of_fewer_seeds(winner, limits, goal)
     return Decision(winner, runner_up, reason + _float_is_better(winner, comparison, goal))
+
+
+def _of_several_tasks(comparison: Comparison) -> str:
+    tasks = comparison.tasks
+    one = next(task for task in tasks if task.settings)
+    return (
+        f"No run is chosen, because the runs are of {len(tasks)} tasks ({', '.join(map(str, tasks))}), and scores "
+        f"compare only within a task: {one.options} compares one of them."
+    )
 
 
 def _why_not(goal: Goal, candidates: Sequence[Configuration], comparison: Comparison) -> str:

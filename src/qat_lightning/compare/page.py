@@ -13,9 +13,8 @@ from importlib import resources
 from string import Template
 from typing import Any
 
-from qat_lightning.compare.comparison import Comparison, Configuration
+from qat_lightning.compare.comparison import Comparison, Configuration, front_of_each_task
 from qat_lightning.compare.decision import Decision, Limits
-from qat_lightning.compare.pareto import pareto_front
 from qat_lightning.compare.run import Curve, Run
 from qat_lightning.compare.settings import differing, only_present, seed_of, settings_of
 from qat_lightning.compare.spread import Spread, spread
@@ -135,12 +134,11 @@ def _front(comparison: Comparison, axis: str) -> list[bool]:
     """Return the Pareto front of the score and one other figure, for a two-dimensional plot."""
     sign = 1 if comparison.metric.larger_is_better else -1
     figures: list[Spread | None] = [getattr(configuration, axis) for configuration in comparison.configurations]
-    return pareto_front(
-        [
-            None if figure is None else (sign * configuration.score.mean, -figure.mean)
-            for configuration, figure in zip(comparison.configurations, figures, strict=True)
-        ]
-    )
+    points = [
+        None if figure is None else (sign * configuration.score.mean, -figure.mean)
+        for configuration, figure in zip(comparison.configurations, figures, strict=True)
+    ]
+    return front_of_each_task(comparison.configurations, points)
 
 
 def _configuration(configuration: Configuration, on_latency_front: bool, on_size_front: bool) -> dict[str, Any]:

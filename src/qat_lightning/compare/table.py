@@ -162,6 +162,7 @@ def plain(comparison: Comparison, decision: Decision) -> dict[str, Any]:
             {
                 "label": c.label,
                 "values": dict(c.values),
+                "task": str(c.task) if len(comparison.tasks) > 1 else "",
                 "variant": c.variant,
                 "on_front": c.on_front,
                 "baseline": c.baseline,
@@ -191,7 +192,8 @@ def _caption(comparison: Comparison) -> str:
     lines = [f"{comparison.metric.name}: {better} is better. ± sample standard deviation over n seeds."]
     if comparison.front:
         axes = "score and size" if comparison.noisy else "score, latency and size"
-        lines.append(f"{FRONT} Pareto front of {axes}.")
+        of_each = " of each task" if len(comparison.tasks) > 1 else ""
+        lines.append(f"{FRONT} Pareto front of {axes}{of_each}.")
     for configuration in comparison.configurations:
         if configuration.noise:
             lines.append(

@@ -154,7 +154,7 @@ def test_data_of_another_task_is_refused_before_anything_is_built(composed: Comp
 
 def test_files_are_held_to_the_agreement_that_a_model_states(composed: Compose) -> None:
     for given, least in (([], 0.995), (["+model.min_agreement=0.98"], 0.98)):
-        for name in options("export"):
+        for name in set(options("export")) - {"none"}:
             cfg = composed("model=unet", f"export={name}", "method=qat", *given)
             assert cfg.callbacks.export.min_agreement == least
 
@@ -199,11 +199,17 @@ def _has_every_setting(cfg: Any, callback: Any) -> None:
     assert instantiate(cfg.scheme) == Scheme()
 
 
-@pytest.mark.parametrize("name", options("scheme"))
+@pytest.mark.parametrize("name", sorted({*options("scheme")} - {"default"}))
 def test_a_scheme_goes_with_the_method_of_its_command(name: str, composed: Compose) -> None:
     for words in commands(CONF / "scheme" / f"{name}.yaml"):
         callback = instantiate(composed(*words).quantization)
         assert callback.scheme != Scheme()
+
+
+@pytest.mark.parametrize("choice", ["scheme=default", "recipe=none", "export=none"])
+def test_the_default_of_an_optional_group_changes_nothing(choice: str, composed: Compose) -> None:
+    assert composed(choice) == composed()
+    assert composed("method=float", choice) == composed("method=float")
 
 
 @pytest.mark.parametrize("name", options("recipe"))

@@ -42,3 +42,11 @@ def test_finetune_continues_the_shared_float_run_and_is_its_control(tmp_path: Pa
     assert none == float_run, "after no epoch, it is the float run's network"
     assert one != float_run
     assert len(list((tmp_path / "outputs" / "baselines").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_the_default_of_optional_groups_is_one_trial_of_a_sweep(tmp_path: Path) -> None:
+    done = sweep(tmp_path, "scheme=default,w4a8", "method=float,qat", "recipe=none", "export=none", "logger=none")
+    assert done.returncode == 0, done.stderr
+    expected = {0: "completed", 1: "completed", 2: "skipped", 3: "completed"}  # float has no scheme
+    assert statuses(tmp_path) == expected, done.stdout

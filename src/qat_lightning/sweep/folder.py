@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.json_files import read_json
@@ -38,6 +41,43 @@ class Plan:
         parsed = OverridesParser.create().parse_overrides([*words, *written(config.hydra.overrides.task)])
         (trials,) = BasicSweeper.split_arguments(parsed, None)
         return cls(len(trials), tuple(tuple(identity(trial)) for trial in trials))
+
+
+def check_trials(config: DictConfig, plan: Plan, loader: ConfigLoader) -> None:
+    """Compose trials, so that a mistake in one is known before the first starts: some that have all overrides.
+
+    Args:
+        config: The sweep's composed configuration, with its part ``hydra``.
+        plan: The trials that will run.
+        loader: Hydra's loader, which composed the configuration.
+
+    Raises:
+        ConfigurationError: An option does not exist, a group is null, or an override cannot be applied.
+    """
+    seen: set[str] = set()
+    for trial in plan.trials:
+        if seen.issuperset(trial):
+            continue
+        seen.update(trial)
+        _check_groups(trial, loader)
+        try:
+            loader.load_sweep_config(config, list(trial))
+        except (HydraException, OmegaConfBaseException) as error:
+            said = str(error).partition("\nConfig search path")[0]
+            raise ConfigurationError(f"No trial was started. {' '.join(trial)}: {said}") from error
+
+
+def _check_groups(trial: Sequence[str], loader: ConfigLoader) -> None:
+    """Check that no config group is null, which Hydra's command line does not support."""
+    for word in trial:
+        group, _, value = word.lstrip("+").partition("=")
+        options = loader.get_group_options(group.partition("@")[0]) if value == "null" else []
+        if options:
+            as_null = [name for name in ("default", "none") if name in options]
+            use = f"{group}={as_null[0]} is the same" if as_null else f"use {', '.join(options)}, or leave it out"
+            raise ConfigurationError(
+                f"No trial was started. {word}: a config group cannot be null on the command line: {use}."
+            )
 
 
 @dataclass(frozen=True)

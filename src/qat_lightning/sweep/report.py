@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from rich.table import Table
@@ -17,13 +18,20 @@ from qat_lightning.errors import MissingExtraError
 from qat_lightning.json_files import read_json
 from qat_lightning.run.mistakes import in_one_panel
 from qat_lightning.sweep.claim import sweep_folder_of_its_own
-from qat_lightning.sweep.folder import Plan, Standing, check_folder, numbered, sweep_folder, varying
+from qat_lightning.sweep.folder import Plan, Standing, check_folder, check_trials, numbered, sweep_folder, varying
 from qat_lightning.sweep.progress import SweepProgress
 from qat_lightning.sweep.result import IDENTITY, TrialResult
 from qat_lightning.sweep.stopping import terminable
 from qat_lightning.terminal import console
 
-_STYLES = {"completed": "green", "pruned": "cyan", "skipped": "yellow", "failed": "red", "broken off": "red"}
+_STYLES = {
+    "completed": "green",
+    "pruned": "cyan",
+    "skipped": "yellow",
+    "failed": "red",
+    "broken off": "red",
+    "not started": "red",
+}
 
 
 class SweepReport(Callback):
@@ -52,6 +60,7 @@ class SweepReport(Callback):
             self._plan = Plan.of(config)
             self._folder = sweep_folder_of_its_own(config, sweep_folder(config))
             check_folder(self._folder, self._plan, resume=config.resume)
+            check_trials(config, self._plan, GlobalHydra.instance().config_loader())
         self._open.enter_context(terminable())
         self._began = self._open.enter_context(SweepProgress(self._folder, self._plan)).began
         atexit.register(self._end)
@@ -92,7 +101,7 @@ def sweep_table(trials: dict[int, list[str]], results: dict[int, TrialResult], f
         >>> sweep_table({0: ["seed=0"], 1: ["seed=1"]}, {0: done}, Path("multirun/mine")).row_count
         2
     """
-    statuses = {number: results[number].status if number in results else "broken off" for number in trials}
+    statuses = {number: _status(results.get(number), folder / str(number)) for number in trials}
     counts = ", ".join(f"{list(statuses.values()).count(s)} {s}" for s in _STYLES if s in statuses.values())
     ended_well = all(status in ("completed", "pruned", "skipped") for status in statuses.values())
     hint = (
@@ -118,16 +127,23 @@ def sweep_table(trials: dict[int, list[str]], results: dict[int, TrialResult], f
     return table
 
 
+def _status(result: TrialResult | None, folder: Path) -> str:
+    if result is not None:
+        return result.status
+    return "broken off" if folder.is_dir() else "not started"
+
+
 def _why(result: TrialResult | None, folder: Path) -> str:
+    printed = folder / "output.log"
+    see = f"see {printed}" if printed.is_file() else ""
     if result is None:
-        return f"no result: see {folder / 'output.log'}"
+        return f"no result: {see}" if see else ""
     if result.error is None:
         return ""
     message = result.error["message"]
     if result.status != "failed":
         return message
-    printed = folder / "output.log"
-    return f"{result.error['type']}: {message}" + (f"\nsee {printed}" if printed.is_file() else "")
+    return "\n".join(filter(None, (f"{result.error['type']}: {message}", see)))
 
 
 def _words(folder: Path, plan: Plan) -> dict[int, list[str]]:

@@ -86,11 +86,9 @@ def packaged(name: str) -> dict[str, Any]:
 
 
 def _print_configs() -> int:
-    from rich.table import Table
+    from qat_lightning.terminal import LiteralTable, console
 
-    from qat_lightning.terminal import console
-
-    table = Table("option", "callback", "mode", "backend", box=None)
+    table = LiteralTable("option", "callback", "mode", "backend", box=None)
     for path in sorted((files("qat_lightning.conf") / GROUP).iterdir(), key=lambda path: path.name):
         if path.name.endswith(".yaml"):
             name = path.name.removesuffix(".yaml")

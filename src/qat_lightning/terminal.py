@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
 from rich.text import Text
 
 from qat_lightning.errors import QuantizationError
@@ -30,11 +33,36 @@ def status_of(run: Callable[[], int]) -> int:
 
 
 def console() -> Console:
-    """A console on stdout, as wide as the terminal, ``COLUMNS`` or `WIDTH`."""
+    """A console on stdout, as wide as the terminal, ``COLUMNS`` or `WIDTH`; brackets in text are no markup."""
     if sys.stdout.isatty() or os.environ.get("COLUMNS"):
-        return Console()
+        return Console(markup=False)
     # Pass a height as well: without one, Rich uses 80 columns wherever TERM is "dumb".
-    return Console(width=WIDTH, height=25)
+    return Console(width=WIDTH, height=25, markup=False)
+
+
+class LiteralTable(Table):
+    """A table that shows its text as it is, on any console: names and paths may have brackets.
+
+    Example:
+        >>> table = LiteralTable("export options", box=None, pad_edge=False)
+        >>> table.add_row("formats=[onnx]")
+        >>> Console(width=40).print(table)
+        export options
+        formats=[onnx]
+    """
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Render text without markup."""
+        shown = copy.copy(self)
+        for name in ("title", "caption"):
+            text = getattr(self, name)
+            if isinstance(text, str):
+                setattr(shown, name, Text(text, style=getattr(self, f"{name}_style") or f"table.{name}"))
+        yield from Table.__rich_console__(shown, console, options.update(markup=False))
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        """Measure text without markup."""
+        return super().__rich_measure__(console, options.update(markup=False))
 
 
 @contextmanager

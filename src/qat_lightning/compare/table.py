@@ -19,6 +19,7 @@ from qat_lightning.compare.run import Run
 from qat_lightning.compare.settings import ABSENT
 from qat_lightning.compare.spread import Spread
 from qat_lightning.compare.terminal_table import TerminalTable
+from qat_lightning.terminal import LiteralTable
 
 FRONT = "●"  # on the Pareto front
 NOISY = "?"  # a latency measured while other work was running
@@ -216,7 +217,7 @@ def _caption(comparison: Comparison) -> str:
 
 
 def _left_out(runs: Sequence[Run]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title="Not compared", title_justify="left")
+    table = LiteralTable(box=box.SIMPLE_HEAD, title="Not compared", title_justify="left")
     for name in ("run", "status", "reason"):
         table.add_column(name, overflow="fold")
     for run in runs:

@@ -12,6 +12,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from qat_lightning.terminal import LiteralTable
+
 CONFIGURATION = "configuration"
 _LAST_TO_GO = ("speed-up", "size (MB)", "latency (ms)", "variant")
 """Columns to leave out if there is no room, in this order; score, drop and n always stay."""
@@ -64,7 +66,7 @@ class TerminalTable:
 
     def _table(self, header: Sequence[str], rows: Sequence[Sequence[str]], names: int, gone: Sequence[str]) -> Table:
         said = f"\nNo room for: {', '.join(gone)}. --csv and --html have all columns." if gone else ""
-        table = Table(box=box.SIMPLE_HEAD, caption=self.caption + said, caption_justify="left")
+        table = LiteralTable(box=box.SIMPLE_HEAD, caption=self.caption + said, caption_justify="left")
         for place, name in enumerate(header):
             is_broken = name == CONFIGURATION and place == 1
             widest = max(cell_len(text) for text in (name, *(row[place] for row in rows)))

@@ -13,6 +13,7 @@ from rich.table import Table
 from qat_lightning.export.call import Call
 from qat_lightning.export.protocol import Kernels, Port
 from qat_lightning.storage import Place, name_of
+from qat_lightning.terminal import LiteralTable
 from qat_lightning.whole_files import write_whole
 
 
@@ -141,7 +142,7 @@ def export_table(results: Sequence[ExportResult]) -> Table:
         1
     """
     best = fastest(results)
-    table = Table(title="Exported", caption=_caption(results), caption_justify="left")
+    table = LiteralTable(title="Exported", caption=_caption(results), caption_justify="left")
     for column in ("format", "file"):
         table.add_column(column, overflow="fold")
     for column in ("size", "agreement", "SQNR", "latency", "fp32 there", "faster", "than eager fp32"):

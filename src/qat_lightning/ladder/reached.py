@@ -18,6 +18,7 @@ from qat_lightning.ladder.choice import Attempt, nearest
 from qat_lightning.ladder.sources import ErrorSources
 from qat_lightning.ladder.store import NETWORK
 from qat_lightning.ladder.target import Target
+from qat_lightning.terminal import LiteralTable
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def ladder_table(ladder: Ladder) -> Table:
     Returns:
         A table for `rich.print` with a row for each rung; the chosen one is bold.
     """
-    table = Table(title=f"Target: {ladder.target}", title_justify="left", caption_justify="left")
+    table = LiteralTable(title=f"Target: {ladder.target}", title_justify="left", caption_justify="left")
     table.caption = (
         f"Drop of {ladder.metric} against float on the validation data; interval: 95 % of a paired bootstrap."
     ) + (f"\n{ladder.sources}" if ladder.sources else "")

@@ -27,6 +27,7 @@ from qat_lightning.modes.eager.observation import function_name, run_apart
 from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.modes.recording import copy_of
 from qat_lightning.modes.without_arithmetic import nested, on_a_copy, shapes
+from qat_lightning.terminal import LiteralTable
 
 
 @contextmanager
@@ -221,7 +222,7 @@ def coverage_table(rows: Iterable[LayerCoverage], *, title: str = "") -> Table:
     for row in rows:
         groups[row.quantized, row.what, row.kind, row.reason].append(row)
     total = sum(row.macs or 0 for row in rows)
-    table = Table(title=title or None, caption=_caption(rows), caption_justify="left", title_justify="left")
+    table = LiteralTable(title=title or None, caption=_caption(rows), caption_justify="left", title_justify="left")
     for column in ("", "kind", "count", "MACs", "where", "why float"):
         table.add_column(column, justify="right" if column in ("count", "MACs") else "left", overflow="fold")
     for (quantized, what, kind, reason), group in sorted(

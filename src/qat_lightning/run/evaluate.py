@@ -27,7 +27,7 @@ from qat_lightning.measure.wandb_views import log_variants
 from qat_lightning.modes.coverage import coverage_table, int8_share
 from qat_lightning.numerics.sqnr import finite
 from qat_lightning.recipes.folding import fuse
-from qat_lightning.terminal import console
+from qat_lightning.terminal import LiteralTable, console
 
 MEASURED = (
     "size_mb",
@@ -183,7 +183,7 @@ def variants_table(summary: Mapping[str, float], *, float_source: str = "") -> T
     keys = [key.partition("/")[::2] for key in summary if "/" in key]
     names = list(dict.fromkeys(name for name, _ in keys))
     metrics = list(dict.fromkeys(metric for _, metric in keys if metric not in MEASURED))
-    table = Table(caption=_caption(summary, float_source), caption_justify="left")
+    table = LiteralTable(caption=_caption(summary, float_source), caption_justify="left")
     table.add_column("variant")
     for metric in (*metrics, "size", "latency", "speed-up"):
         table.add_column(metric, justify="right")

@@ -15,6 +15,7 @@ from qat_lightning.errors import ConfigurationError
 from qat_lightning.sensitivity.budget import drop_points, hydra_word
 from qat_lightning.sensitivity.choice import Cost
 from qat_lightning.settings.overrides import FLOAT
+from qat_lightning.terminal import LiteralTable
 
 Candidate = int | Literal["float"]
 """Bits of a layer's weight, or ``"float"``."""
@@ -181,7 +182,7 @@ class BitChoice:
         rows = " · ".join(
             f"{row.label}: {row.metric:.4f}, {row.size_mb:.4f} MB" for row in (*self.uniform, self.measured)
         )
-        table = Table(title="Bits", title_justify="left", caption=rows, caption_justify="left")
+        table = LiteralTable(title="Bits", title_justify="left", caption=rows, caption_justify="left")
         candidates = list(self.layers[0].loss)
         for column in ("layer", "kind", "parameters"):
             table.add_column(column, justify="right" if column == "parameters" else "left", overflow="fold")

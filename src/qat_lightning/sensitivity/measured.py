@@ -28,6 +28,7 @@ from qat_lightning.sensitivity.switches import Switches, Unit
 from qat_lightning.settings.kinds import DIRECT
 from qat_lightning.settings.recipe import Recipe, check_globs
 from qat_lightning.settings.scheme import Scheme, stored_bits
+from qat_lightning.terminal import LiteralTable
 
 Metric = Callable[[nn.Module], float]
 Calibrate = Callable[[nn.Module], Any]
@@ -218,7 +219,7 @@ class Sensitivity:
     def table(self) -> Table:
         """Return the ranking for `rich.print`."""
         caption = f"{self.metric_name}: float {self.float_metric:.4f}, all quantized {self.quantized_metric:.4f}"
-        table = Table(title="Sensitivity", title_justify="left", caption=caption, caption_justify="left")
+        table = LiteralTable(title="Sensitivity", title_justify="left", caption=caption, caption_justify="left")
         loss = "loss (pp)" if self.points > 1 else "loss"
         for column in ("layer", "kind", "parameters", "alone", "all but it", loss):
             table.add_column(column, justify="left" if column in ("layer", "kind") else "right", overflow="fold")

@@ -22,7 +22,7 @@ from qat_lightning.sweep.folder import Plan, Standing, check_folder, check_trial
 from qat_lightning.sweep.progress import SweepProgress
 from qat_lightning.sweep.result import IDENTITY, TrialResult
 from qat_lightning.sweep.stopping import terminable
-from qat_lightning.terminal import console
+from qat_lightning.terminal import LiteralTable, console
 
 _STYLES = {
     "completed": "green",
@@ -107,7 +107,7 @@ def sweep_table(trials: dict[int, list[str]], results: dict[int, TrialResult], f
     hint = (
         "" if ended_well else f"\nThe same command with hydra.sweep.dir={folder} resume=true runs only what is missing."
     )
-    table = Table(title=f"{len(trials)} trials: {counts}" if trials else "No trials", caption_justify="left")
+    table = LiteralTable(title=f"{len(trials)} trials: {counts}" if trials else "No trials", caption_justify="left")
     table.caption = Text(f"{folder}{hint}")
     for column in ("trial", "settings", "ended", "objective"):
         table.add_column(column, justify="right" if column in ("trial", "objective") else "left")

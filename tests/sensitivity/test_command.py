@@ -67,6 +67,18 @@ def test_what_is_wrong_with_the_input_is_said(run: Path, tmp_path: Path, capsys:
         assert says in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize("config", [{"data": {"batch_size": 64}, "lr": 0.1}, {"model": "resnet18", "data": None}])
+def test_a_run_of_another_program_is_told_so_before_anything_else(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / ".hydra").mkdir()
+    OmegaConf.save(OmegaConf.create(config), tmp_path / ".hydra" / "config.yaml")
+    assert main([str(tmp_path)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "This is not a run of train.py: its configuration has no model.module and no data.datamodule." in said
+    assert "use qat_lightning.sensitivity(network, batches, metric=...)" in said
+
+
 @pytest.mark.slow
 def test_overrides_stand_where_they_like(run: Path) -> None:
     overrides = ("mode.name=eager", "quantization.mode=eager")

@@ -113,8 +113,14 @@ def measure_run(cfg: DictConfig, checkpoint: Path, options: Options) -> Sensitiv
         options: What to measure.
 
     Raises:
-        ConfigurationError: The checkpoint does not match, the metric is not logged, or the network is ambiguous.
+        ConfigurationError: The configuration is that of another program, the checkpoint does not match, the metric is
+            not logged, or the network is ambiguous.
     """
+    if lacking := [key for key in ("model.module", "data.datamodule") if OmegaConf.select(cfg, key) is None]:
+        raise ConfigurationError(
+            f"This is not a run of train.py: its configuration has no {' and no '.join(lacking)}. In the program that "
+            "trained it, use qat_lightning.sensitivity(network, batches, metric=...)."
+        )
     if not checkpoint.is_file():
         raise ConfigurationError(f"{checkpoint} is not a file: give --checkpoint, a checkpoint of this model.")
     options = options.with_metric_of(cfg)

@@ -571,9 +571,12 @@ def test_hooks_that_compute_weights_are_refused_with_what_to_use(callback: Any, 
 
 
 def test_there_is_nothing_to_save_before_a_fit() -> None:
-    for callback in (qat(), PostTrainingQuantization()):
-        with pytest.raises(ConversionError, match=r"run trainer\.fit with this callback first\.$"):
+    evaluated = r"trainer\.test, trainer\.predict or trainer\.fit"
+    for callback, calls in ((qat(), r"trainer\.fit"), (PostTrainingQuantization(), evaluated)):
+        with pytest.raises(ConversionError, match=rf"no int8 network to save: run {calls} with this callback first\.$"):
             callback.save("never.int8")
+        with pytest.raises(ConversionError, match=rf"nothing to convert yet: run {calls} with this callback first\.$"):
+            callback.convert()
     with pytest.raises(ConversionError, match="with convert_on_fit_end=True"):
         qat(convert_on_fit_end=False).save("never.int8")
 

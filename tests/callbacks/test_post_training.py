@@ -367,3 +367,20 @@ def test_a_decision_of_a_checkpoint_holds_for_the_same_settings_only(
     trainer(ptq).test(Lit(), datamodule=Data(), ckpt_path=path, verbose=False)
     assert ptq.chosen_modes == {"net": other.get("mode", "eager")}
     assert [row.name for row in ptq.quantized.coverage if not row.quantized] == (["head"] if holds else [])
+
+
+@pytest.mark.parametrize("remedy", ["convert", "test"])
+def test_after_a_validation_alone_the_message_names_what_makes_an_int8_network(remedy: str, tmp_path: Path) -> None:
+    module, ptq = Lit(), PostTrainingQuantization(calibration_batches=2, calibration_dataloader=loader())
+    run = trainer(ptq)
+    run.validate(module, loader(), verbose=False)
+    with pytest.raises(
+        ConversionError, match=r"call convert\(\), or run trainer\.test, trainer\.predict or trainer\.fit"
+    ):
+        ptq.save(tmp_path / "model.int8")
+    if remedy == "convert":
+        ptq.convert()
+    else:
+        run.test(module, loader(), verbose=False)
+    ptq.save(tmp_path / "model.int8")
+    assert load_quantized(tmp_path / "model.int8").recipe.kind == "static"

@@ -89,7 +89,9 @@ class Int8Networks:
     def convert(self, exclude: Sequence[str] = ()) -> Any:
         """See `QuantizationCallback.convert`."""
         if not self.networks.slots:
-            raise ConversionError("There is nothing to convert yet: run trainer.fit with this callback first.")
+            raise ConversionError(
+                f"There is nothing to convert yet: run {self._source.made_by} with this callback first."
+            )
         self._leave_out(check_names("exclude", exclude, example="['head.*']"))
         self.outdate()
         self.make()
@@ -125,10 +127,9 @@ class Int8Networks:
             return "There are several int8 networks: save each, qat.quantized['name'].save(path)."
         if self.impossible:
             return f"There is no int8 network of {self.made_from} to save: {self.impossible}"
-        settings = self.networks.settings
-        return "There is no int8 network to save: run trainer.fit with this callback first" + (
-            "." if settings.convert_on_fit_end else ", and with convert_on_fit_end=True."
-        )
+        with_it = "this callback" if self.networks.settings.convert_on_fit_end else "convert_on_fit_end=True"
+        by_hand = "call convert(), or " if self.networks.slots else ""
+        return f"There is no int8 network to save: {by_hand}run {self._source.made_by} with {with_it} first."
 
     def make(self) -> None:
         """Convert, unless int8 networks of the present weights and ranges exist."""

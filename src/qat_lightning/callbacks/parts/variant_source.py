@@ -25,9 +25,11 @@ class VariantSource(Protocol):
 
     Attributes:
         in_place: The variant that is in the LightningModule itself.
+        made_by: The calls that make an int8 network, for messages.
     """
 
     in_place: str
+    made_by: str
 
     def has(self, variant: str) -> bool:
         """Whether a variant exists or could be created; a failed conversion is not considered."""
@@ -72,6 +74,7 @@ class TrainedVariants:
     """
 
     in_place = "fake_quant"
+    made_by = "trainer.fit"
 
     def __init__(self, networks: Networks, floats: FloatWeights) -> None:
         self.networks = networks
@@ -148,6 +151,7 @@ class CalibratedVariants:
     """
 
     in_place = "float"
+    made_by = "trainer.test, trainer.predict or trainer.fit"
 
     def __init__(self, networks: Networks, copies: CalibratedCopies) -> None:
         self.networks = networks

@@ -217,9 +217,15 @@ def test_what_cannot_be_is_refused_before_anything_is_trained() -> None:
     refused("needs exactly one QuantizationAwareTraining, and the Trainer has 0", Distillation(), Lit(), Logged())
     refused("add qat_lightning.recipes.distillation", Distillation(), Manual())
     refused("'nte' of Distillation is not quantized", Distillation(module="nte"))
-    refused("'features' is in none of the networks", Distillation(features=["features"]))
+    refused(
+        "'features' is in none of the networks 'net'.* LightningModule, like 'net.features'",
+        Distillation(features=["features"]),
+    )
     refused("features='blocks' finds no list of repeated blocks in Net", Distillation(features="blocks"))
-    refused("no module 'featurs'", Distillation(features=["net.featurs"]))
+    refused(
+        "'net.featurs' is no module of the network. Features can be 'net.features', ",
+        Distillation(features=["net.featurs"]),
+    )
     refused("'logits' is not a tensor of scores", Distillation(outputs=["logits"]))
     for key, value in before.items():
         if isinstance(value, Tensor):

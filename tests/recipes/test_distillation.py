@@ -24,6 +24,7 @@ from qat_lightning.recipes.distillation import (
     Distiller,
     check_distillation,
     chosen_outputs,
+    comparable_features,
     distillation_loss,
     feature_loss,
     make_teacher,
@@ -255,7 +256,9 @@ def test_features_are_those_of_the_float_network(mode: str, name: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_features_that_are_not_there(mode: str) -> None:
     prepared, example = prepare(mode, CASE["depthwise"])
-    with pytest.raises(ConfigurationError, match="no module 'expnd'"):
+    with pytest.raises(
+        ConfigurationError, match=r"The feature 'expnd' is no module of the network\. Features can be 'expand'"
+    ):
         check_distillation(prepared, example, DistillationSettings(features=("expnd",)))
 
 
@@ -263,8 +266,21 @@ def test_a_feature_that_is_merged_away_names_what_to_take() -> None:
     prepared, example = prepare("fx", CASE["depthwise"])
     with pytest.raises(ConfigurationError, match="a different tensor in mode='fx'"):
         check_distillation(prepared, example, DistillationSettings(features=("expand.0",)))
-    with pytest.raises(ConfigurationError, match=r"merged with its neighbours .* 'expand'"):
-        check_distillation(prepared, example, DistillationSettings(features=("expand.1",)))
+    with pytest.raises(ConfigurationError, match=r"merged with its neighbours .* Features can be 'net\.expand', "):
+        check_distillation(prepared, example, DistillationSettings(features=("expand.1",)), "net")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", FEATURES)
+def test_every_feature_that_a_message_names_is_accepted_and_no_other(mode: str, name: str) -> None:
+    prepared, example = prepare(mode, CASE[name])
+    possible = comparable_features(prepared, example)
+    assert set(FEATURES[name]) <= set(possible)
+    check_distillation(prepared, example, DistillationSettings(features=tuple(possible)))
+    for other, _ in prepared_state(prepared).float_network.named_modules():
+        if other and other not in possible:
+            with pytest.raises(ConfigurationError, match=f"The feature 'net.{other}' .* Features can be 'net"):
+                check_distillation(prepared, example, DistillationSettings(features=(other,)), "net")
 
 
 def test_a_feature_that_is_no_tensor() -> None:

@@ -28,6 +28,7 @@ from qat_lightning.recipes.distillation import (
     Distiller,
     Loss,
     check_distillation,
+    comparable_features,
     make_teacher,
 )
 
@@ -130,7 +131,7 @@ class Distillation(Callback):
         partner = QuantizationAwareTraining.of(trainer, self)
         with partner.whole():
             for name, (part, settings) in self._chosen(partner).items():
-                check_distillation(part.prepared, part.example, settings)
+                check_distillation(part.prepared, part.example, settings, part.slot.prefix)
                 if self.features == BLOCKS:
                     names = _full(part, settings.features)
                     rank_zero_info(f"Distillation compares {len(names)} blocks of {name!r}: {names[0]} to {names[-1]}.")
@@ -298,5 +299,5 @@ def _full(part: Part, names: Sequence[str]) -> list[str]:
 
 
 def _an_example(part: Part) -> str:
-    names = [name for name, _ in part.prepared.named_children() if not name.startswith("_")]
+    names = comparable_features(part.prepared, part.example)
     return _full(part, names[:1] or ["layer"])[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +14,12 @@ from torch.utils._pytree import tree_map
 
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.scopes import join
 from qat_lightning.measure.metrics import class_axis
 from qat_lightning.modes.float_state import frozen_beside_adapters
 from qat_lightning.modes.prepared import cpu_copy, prepared_state, set_phase
 from qat_lightning.recipes.distillation_losses import distillation_loss, feature_loss
-from qat_lightning.recipes.features import Features
+from qat_lightning.recipes.features import Features, separate
 from qat_lightning.recipes.outputs import LOSSES, Loss, chosen_outputs
 
 __all__ = [
@@ -227,44 +228,98 @@ def make_teacher(prepared: nn.Module, weights: Mapping[str, Any]) -> nn.Module:
     return teacher
 
 
-@torch.no_grad()
-def check_distillation(prepared: nn.Module, example: Example, settings: DistillationSettings) -> None:
+def check_distillation(prepared: nn.Module, example: Example, settings: DistillationSettings, prefix: str = "") -> None:
     """Compare a network with itself before training: outputs and features have to exist, and be equal.
 
     Args:
         prepared: The network with fake-quant; copies of it are called.
         example: One call of it.
         settings: What will be compared.
+        prefix: The network's name in a LightningModule, with which messages name modules.
 
     Raises:
-        ConfigurationError: An output or a feature does not exist, or is another tensor in the prepared network.
+        ConfigurationError: An output or a feature does not exist, or is another tensor in the prepared network; the
+            message names features that can be compared.
     """
+    names = separate(prepared, settings.features)
+    wanted, theirs, ours = _called(prepared, example, names)
+    if settings.weight:
+        call = (example.args, example.kwargs)
+        chosen_outputs(wanted, settings.outputs, settings.loss, call, settings.class_axis)
+    for name in settings.features:
+        why = _why_other(prepared, theirs.get(name), ours.get(name)) if name in names else _why_none(prepared, name)
+        if why:
+            given = join(prefix, name)
+            raise ConfigurationError(f"The feature {given!r} {why}. {_instead(prepared, example, name, prefix)}")
+
+
+def comparable_features(prepared: nn.Module, example: Example) -> list[str]:
+    """Return the modules whose outputs can be features: one tensor, the same in the float and the prepared network.
+
+    Args:
+        prepared: The network with fake-quant; copies of it are called.
+        example: One call of it.
+    """
+    names = separate(prepared)
+    _, theirs, ours = _called(prepared, example, names)
+    return [name for name in names if not _why_other(prepared, theirs.get(name), ours.get(name))]
+
+
+@torch.no_grad()
+def _called(
+    prepared: nn.Module, example: Example, names: Sequence[str]
+) -> tuple[Any, Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """Call a network and its teacher with the same weights: the teacher's outputs, its features, the network's."""
     student = cpu_copy(prepared)
     set_phase(student, fake_quant=False, observers=False, batchnorm_frozen=True)
     keys = set(prepared_state(prepared).float_network.state_dict())
     weights = {key: value for key, value in student.state_dict().items() if key in keys}
-    distiller = Distiller(student, make_teacher(student, weights), settings)
+    teacher = make_teacher(student, weights).eval()
+    of_teacher, of_student = Features(teacher, names), Features(student, names)
     args, kwargs = copy.deepcopy((example.args, example.kwargs))
-    with distiller._of_teacher.open():
-        wanted = distiller.teacher(*args, **kwargs)
-    with distiller.features():
+    with of_teacher.open():
+        outputs = teacher(*args, **kwargs)
+    with of_student.open():
         student(*example.args, **example.kwargs)
-    if settings.weight:
-        chosen_outputs(wanted, settings.outputs, settings.loss, (args, kwargs), settings.class_axis)
-    mode = prepared_state(prepared).recipe.mode
-    for name in settings.features:
-        theirs, ours = distiller._of_teacher.seen.get(name), distiller._of_student.seen.get(name)
-        if not isinstance(theirs, Tensor) or not theirs.is_floating_point():
-            raise ConfigurationError(
-                f"The feature {name!r} is not a floating-point tensor ({type(theirs).__name__}): name a module that "
-                "is called and returns one."
-            )
-        if ours is None or ours.shape != theirs.shape or not _same(ours, theirs):
-            raise ConfigurationError(
-                f"The feature {name!r} is a different tensor in mode={mode!r}, where a layer is merged with the "
-                "BatchNorm and activation that follow it: name the last of them, or the module that contains them."
-            )
-    distiller.close()
+    return outputs, of_teacher.seen, of_student.seen
+
+
+def _why_none(prepared: nn.Module, name: str) -> str:
+    """Return why a network has no output of a module."""
+    state = prepared_state(prepared)
+    if name not in dict(state.float_network.named_modules(remove_duplicate=False)):
+        return "is no module of the network"
+    return (
+        f"is not a separate tensor in mode={state.recipe.mode!r}, because the module is merged with its neighbours or "
+        "not called"
+    )
+
+
+def _why_other(prepared: nn.Module, theirs: Any, ours: Any) -> str:
+    """Return why the output of a module cannot be compared with the teacher's; empty if it can."""
+    if not isinstance(theirs, Tensor) or not theirs.is_floating_point():
+        return f"is not a floating-point tensor ({type(theirs).__name__})"
+    if ours is None or ours.shape != theirs.shape or not _same(ours, theirs):
+        return (
+            f"is a different tensor in mode={prepared_state(prepared).recipe.mode!r}, where a layer is merged with the "
+            "BatchNorm and activation that follow it"
+        )
+    return ""
+
+
+def _instead(prepared: nn.Module, example: Example, name: str, prefix: str) -> str:
+    """Name features that can be compared: those of modules near a module."""
+    order = list(dict(prepared_state(prepared).float_network.named_modules(remove_duplicate=False)))
+    place = order.index(name) if name in order else 0
+    possible = comparable_features(prepared, example)
+    near = sorted(possible, key=lambda other: abs(order.index(other) - place))[:_SHOWN]
+    named = ", ".join(repr(join(prefix, other)) for other in possible if other in near)
+    more = f" and {len(possible) - len(near)} more" if len(possible) > len(near) else ""
+    return f"Features can be {named}{more}." if named else "No module of this network can be a feature."
+
+
+_SHOWN = 12
+"""How many modules a message names."""
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:

@@ -17,8 +17,6 @@ from qat_lightning.modes.graph_network import GraphNetwork, compile_graph
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 
-_SHOWN = 12
-
 
 class _AllSeen(Exception):
     """Ends a call early, when its output is not needed; not an error."""
@@ -70,7 +68,7 @@ class Features:
             modules = dict(network.named_modules(remove_duplicate=False))
             for name in names:
                 if name not in modules:
-                    raise _unknown(name, list(modules))
+                    raise ConfigurationError(f"There is no module {name!r} to take a feature from.")
                 self._handles.append(modules[name].register_forward_hook(self._hook(name)))
 
     def _hook(self, name: str) -> Callable[..., None]:
@@ -152,44 +150,46 @@ def _run_with_features(network: GraphNetwork, names: list[str], seen: dict[str, 
     return call
 
 
+def separate(network: nn.Module, names: Sequence[str] | None = None) -> list[str]:
+    """Return the modules of the float network whose output is a tensor of its own in a prepared network.
+
+    Args:
+        network: A prepared network.
+        names: The modules in question; None for all.
+
+    Example:
+        >>> from qat_lightning import Recipe, prepare
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+        >>> separate(prepare(network, torch.zeros(2, 1, 8, 8), Recipe("fx", "x86")))
+        ['0', '3']
+    """
+    known = dict(prepared_state(network).float_network.named_modules(remove_duplicate=False))
+    asked = [name for name in known if name and (names is None or name in names)]
+    if isinstance(network, GraphNetwork):
+        return [name for name in asked if _leaving(network, name)]
+    there = dict(network.named_modules(remove_duplicate=False))
+    return [name for name in asked if name in there]
+
+
 def _output_of(network: GraphNetwork, name: str) -> fx.Node:
     """The node with the output of the module ``name``, after its rounding if there is one."""
-    inside = {node for node in network.graph.nodes if node.op.startswith("call_") and _within(scope_of(node), name)}
+    leaving = _leaving(network, name)
+    if not leaving:
+        raise ConfigurationError(f"The module {name!r} has no separate tensor in the graph to take a feature from.")
     modules = dict(network.named_modules(remove_duplicate=False))
 
     def is_rounding(node: fx.Node) -> bool:
         return node.op == "call_module" and isinstance(modules.get(str(node.target)), FakeQuantize)
 
-    leaving: list[fx.Node] = [node for node in network.graph.nodes if node in inside and not set(node.users) <= inside]
-    if not leaving:
-        state = prepared_state(network)
-        if name not in dict(state.float_network.named_modules()):
-            raise _unknown(name, [known for known, _ in state.float_network.named_modules()])
-        raise ConfigurationError(
-            f"The feature {name!r} is not a separate tensor in mode={state.recipe.mode!r}, because it is merged with "
-            f"its neighbours or not called: name the module that contains it, or one of {_some(_scopes(network))}."
-        )
     last = leaving[-1]
     return next((user for user in last.users if is_rounding(user)), last)
 
 
+def _leaving(network: GraphNetwork, name: str) -> list[fx.Node]:
+    """The nodes of the module ``name`` that are used outside of it."""
+    inside = {node for node in network.graph.nodes if node.op.startswith("call_") and _within(scope_of(node), name)}
+    return [node for node in network.graph.nodes if node in inside and not set(node.users) <= inside]
+
+
 def _within(scope: str, name: str) -> bool:
     return scope == name or scope.startswith(f"{name}.")
-
-
-def _scopes(network: GraphNetwork) -> list[str]:
-    """The modules that nodes of the graph come from, and those that contain them."""
-    found: dict[str, None] = {}
-    for node in network.graph.nodes:
-        parts = scope_of(node).split(".") if node.op.startswith("call_") else []
-        found.update(dict.fromkeys(".".join(parts[: n + 1]) for n in range(len(parts))))
-    return list(filter(None, found))
-
-
-def _unknown(name: str, names: list[str]) -> ConfigurationError:
-    return ConfigurationError(f"There is no module {name!r} to take a feature from: there are {_some(names)}.")
-
-
-def _some(names: list[str]) -> str:
-    named = [repr(name) for name in names if name]
-    return ", ".join(named[:_SHOWN]) + (f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from qat_lightning.callbacks.parts.variants import Stand
 from qat_lightning.errors import ConfigurationError, ConversionError
 from qat_lightning.modes.eager.mode import EagerMode
 from qat_lightning.modes.prepared import fake_quantizers
+from qat_lightning.run.evaluate import evaluate_variants
 from qat_lightning.settings.engines import onednn_is_exact
+from qat_lightning.settings.scheme import Scheme
 from tests.callbacks.lit import (
     CLASSES,
     MODES,
@@ -521,3 +524,14 @@ def test_a_conversion_that_fails_leaves_no_network_of_other_weights(
     with pytest.raises(ConversionError, match=r"to save: ConversionError: .*no kernel on this day"):
         callback.save(tmp_path / "a.int8")
     assert not (tmp_path / "a.int8").exists()
+
+
+def test_the_table_of_what_is_int8_names_layers_as_settings_do(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = {"net.head": {"weight_bits": 4}}
+    module, callback = Lit(), qat("fx", scheme=Scheme(overrides=overrides))
+    run = trainer(callback, max_epochs=1)
+    run.fit(module, loader())
+    evaluate_variants(run, module, dataloaders=loader())
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert re.search(r"int8 Conv2d 1 [\d.]+% net\.features\.0", shown)
+    assert re.search(r"int8 \(int4 weights\) Linear 1 [\d.]+% net\.head", shown)

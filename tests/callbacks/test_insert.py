@@ -537,12 +537,23 @@ class WithRecurrence(nn.Module):
 
 def test_what_will_stay_float_is_said_before_the_training() -> None:
     """Layers that are excluded on purpose cause no warning."""
-    with pytest.warns(UserWarning, match=r"1 of \d layers will stay float: rows \(GRU\)"):
+    with pytest.warns(UserWarning, match=r"1 of \d layers will stay float: net\.rows \(GRU\)"):
         trainer(qat("fx"), max_steps=1).fit(Lit(WithRecurrence()), loader())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer(qat("fx", exclude=["net.head"]), max_steps=1).fit(Lit(), loader())
     assert not [warning for warning in caught if "will stay float" in str(warning.message)]
+
+
+def test_a_name_in_a_warning_can_be_copied_into_the_settings() -> None:
+    with pytest.warns(UserWarning, match="will stay float") as caught:
+        trainer(qat("fx"), max_steps=1).fit(Lit(WithRecurrence()), loader())
+    (message,) = (str(one.message) for one in caught if "will stay float" in str(one.message))
+    name = message.partition("float: ")[2].partition(" (GRU)")[0]
+    with warnings.catch_warnings(record=True) as again:
+        warnings.simplefilter("always")
+        trainer(qat("fx", exclude=[name]), max_steps=1).fit(Lit(WithRecurrence()), loader())
+    assert not [warning for warning in again if "stay float" in str(warning.message)]
 
 
 class Hooked(nn.Module):

@@ -81,7 +81,7 @@ def test_a_fit_without_faults_is_bit_equal_with_and_without_a_rehearsal(
 def test_a_fault_is_known_before_the_first_step_and_costs_its_layer_only(kernels: type[Kernels]) -> None:
     kernels.wrong = True
     module, callback = Lit(), qat("fx")
-    with pytest.warns(UserWarning, match=r"1 of 2 layers will stay float: head \(Linear\): in int8 it differs"):
+    with pytest.warns(UserWarning, match=r"1 of 2 layers will stay float: net\.head \(Linear\): in int8 it differs"):
         trainer(callback, max_epochs=1).fit(module, loader())
     assert _float(callback) == ["head"]
     assert prepared_state(callback.prepared).left_float.keys() == {"head"}
@@ -111,7 +111,7 @@ def test_a_fault_that_comes_with_the_trained_values_is_left_float_in_both_networ
             kernels.wrong = True
 
     run.callbacks.append(Later())
-    with pytest.warns(UserWarning, match="1 of 2 layers stayed float: head"):
+    with pytest.warns(UserWarning, match=r"1 of 2 layers stayed float: net\.head \(Linear\)"):
         run.fit(module, loader())
     assert _float(callback) == ["head"]
     x = next(iter(loader()))[0]

@@ -180,3 +180,15 @@ def test_the_table_names_what_stayed_float_and_why() -> None:
     text = console.export_text()
     assert "no int8 kernel for gelu" in text
     assert "3 of 3 Linear; 100.0 % of the multiply-accumulates" in text
+
+
+def test_the_table_shows_which_layers_have_weights_of_fewer_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [LayerCoverage(name, "Linear", name != "c") for name in "abc"]
+    table = coverage_table(rows, weight_bits={"a": 4, "b": 8}.__getitem__)
+    Console(width=160).print(table)
+    shown = {
+        line.split("│")[1].strip(): line.split("│")[4].strip()
+        for line in capsys.readouterr().out.splitlines()
+        if "Linear " in line
+    }
+    assert shown == {"int8 (int4 weights)": "a", "int8": "b", "float": "c"}

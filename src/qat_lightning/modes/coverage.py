@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qat_lightning.graph.buffers import buffers_copied
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.scopes import join
 from qat_lightning.modes.eager.observation import function_name, run_apart
 from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.modes.recording import copy_of
@@ -198,12 +199,25 @@ def int8_share(rows: Iterable[LayerCoverage]) -> float | None:
     return sum(row.macs or 0 for row in rows if row.quantized) / total if total else None
 
 
-def coverage_table(rows: Iterable[LayerCoverage], *, title: str = "") -> Table:
+def under(prefix: str, rows: Iterable[LayerCoverage]) -> list[LayerCoverage]:
+    """Return rows with names relative to the LightningModule, as settings have them.
+
+    Example:
+        >>> [row.name for row in under("net", [LayerCoverage("0", "Linear", True), LayerCoverage("", "Net", False)])]
+        ['net.0', 'net']
+    """
+    return [replace(row, name=join(prefix, row.name)) for row in rows]
+
+
+def coverage_table(
+    rows: Iterable[LayerCoverage], *, title: str = "", weight_bits: Callable[[str], int] = lambda name: 8
+) -> Table:
     """Format coverage as a table: which layers and ops are int8, and which stayed float and why.
 
     Args:
         rows: ``qat.coverage``, or ``[*quantized.coverage, *quantized.operations]``.
         title: Title of the table.
+        weight_bits: The bits of the weight of an int8 layer, by its name; other bits than 8 are shown.
 
     Returns:
         A table for `rich.print`.
@@ -218,19 +232,20 @@ def coverage_table(rows: Iterable[LayerCoverage], *, title: str = "") -> Table:
         (2, 'int8: 1 of 1 Conv2d, 0 of 1 Linear; 90.0 % of the multiply-accumulates')
     """
     rows = list(rows)
-    groups: dict[tuple[bool, str, str, str], list[LayerCoverage]] = defaultdict(list)
+    groups: dict[tuple[bool, str, str, str, int], list[LayerCoverage]] = defaultdict(list)
     for row in rows:
-        groups[row.quantized, row.what, row.kind, row.reason].append(row)
+        bits = weight_bits(row.name) if row.quantized and row.what == "layer" else 8
+        groups[row.quantized, row.what, row.kind, row.reason, bits].append(row)
     total = sum(row.macs or 0 for row in rows)
     table = LiteralTable(title=title or None, caption=_caption(rows), caption_justify="left", title_justify="left")
     for column in ("", "kind", "count", "MACs", "where", "why float"):
         table.add_column(column, justify="right" if column in ("count", "MACs") else "left", overflow="fold")
-    for (quantized, what, kind, reason), group in sorted(
+    for (quantized, what, kind, reason, bits), group in sorted(
         groups.items(), key=lambda item: (not item[0][0], item[0][1:])
     ):
         macs = sum(row.macs or 0 for row in group)
         table.add_row(
-            "int8" if quantized else "float",
+            "float" if not quantized else "int8" if bits == 8 else f"int8 (int{bits} weights)",
             kind if what == "layer" else f"{kind} (op)",
             str(sum(row.calls for row in group)),
             f"{macs / total:.1%}" if macs and total else "",

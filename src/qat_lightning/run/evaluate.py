@@ -24,7 +24,8 @@ from qat_lightning.graph.example import Example
 from qat_lightning.graph.signature import one_sample
 from qat_lightning.measure.metrics import latency_interleaved, size_mb
 from qat_lightning.measure.wandb_views import log_variants
-from qat_lightning.modes.coverage import coverage_table, int8_share
+from qat_lightning.modes.coverage import coverage_table, int8_share, under
+from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.numerics.sqnr import finite
 from qat_lightning.recipes.folding import fuse
 from qat_lightning.terminal import LiteralTable, console
@@ -59,6 +60,7 @@ class HasVariants(Protocol):
     chosen_variant: str | None
     fidelity: Mapping[str, float]
     example_inputs_: Call
+    slots: Mapping[str, Slot]
 
     def use_variant(self, name: str | None) -> None:
         """Choose the variant that the Trainer evaluates; None for the default."""
@@ -136,7 +138,7 @@ def evaluate_variants(
     if trainer.is_global_zero:
         summary |= measure_networks(networks, calls)
         int8 = networks.get("int8")
-        rows = [*int8.coverage, *int8.operations] if isinstance(int8, QuantizedNetwork) else []
+        rows = _coverage(source, int8) if source and isinstance(int8, QuantizedNetwork) else []
         share = int8_share(rows)
         if share is not None:
             summary["int8/mac_share"] = share
@@ -144,8 +146,18 @@ def evaluate_variants(
         origin = getattr(source, "float_source", "") if "float" in networks else ""
         console().print(variants_table(summary, float_source=origin))
         if rows:
-            console().print(coverage_table(rows, title="What is int8"))
+            console().print(coverage_table(rows, title="What is int8", weight_bits=_weight_bits(int8)))
     return summary
+
+
+def _coverage(source: HasVariants, int8: QuantizedNetwork) -> list[LayerCoverage]:
+    """Return what is int8, with names relative to the LightningModule."""
+    (slot,) = source.slots.values()
+    return under(slot.prefix, (*int8.coverage, *int8.operations))
+
+
+def _weight_bits(int8: QuantizedNetwork) -> Callable[[str], int]:
+    return lambda name: int8.recipe.of(name).scheme.weight_bits
 
 
 def _test_variants(source: HasVariants, test: Callable[[str], dict[str, float]]) -> dict[str, float]:

@@ -23,7 +23,7 @@ def warn_of_float(layers: Sequence[LayerCoverage], verb: str) -> None:
     """Warn of layers that are not int8, with the reasons.
 
     Args:
-        layers: Coverage rows of layers.
+        layers: Coverage rows of layers, with names relative to the LightningModule.
         verb: ``"stayed float"`` or ``"will stay float"``.
     """
     left = [row for row in layers if not row.quantized]

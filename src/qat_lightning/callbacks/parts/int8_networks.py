@@ -23,6 +23,7 @@ from qat_lightning.callbacks.parts.variant_source import VariantSource
 from qat_lightning.errors import ConfigurationError, ConversionError, in_brief
 from qat_lightning.export.plain_tensors import in_its_runtime
 from qat_lightning.graph.scopes import join
+from qat_lightning.modes.coverage import under
 from qat_lightning.modes.left_float import leave_float
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.modes.registry import mode_for
@@ -151,18 +152,19 @@ class Int8Networks:
         for note in conversion.converted.notes:
             rank_zero_info(note)
         converted = QuantizedNetwork(conversion.converted, recipe, self.networks.examples[name], source=self.made_from)
-        warn_of_float(converted.coverage, "stayed float")
-        self._warn_of_ops(conversion, converted)
+        prefix = self.networks.slots[name].prefix
+        warn_of_float(under(prefix, converted.coverage), "stayed float")
+        self._warn_of_ops(conversion, converted, prefix)
         with torch.inference_mode(False), isolate_rng(include_cuda=torch.cuda.is_initialized()):
             return in_its_runtime(converted)
 
     @staticmethod
-    def _warn_of_ops(conversion: Conversion, converted: QuantizedNetwork) -> None:
+    def _warn_of_ops(conversion: Conversion, converted: QuantizedNetwork, prefix: str) -> None:
         """Warn of ops that stayed float; layers are in the general warning."""
         layers = {row.name for row in converted.coverage}
         ops = {name: why for name, why in conversion.left_float.items() if name not in layers}
         if ops:
-            rows = "; ".join(f"{name}: {why}" for name, why in ops.items())
+            rows = "; ".join(f"{join(prefix, name)}: {why}" for name, why in ops.items())
             rank_zero_warn(f"{len(ops)} ops between layers stayed float: {rows}.")
 
     def _have(self, converted: dict[str, QuantizedNetwork]) -> None:
@@ -217,7 +219,11 @@ class Int8Networks:
         if self._reported is self._made or not self._made:
             return
         self._reported = self._made
-        rows = [row for network in self._made.values() for row in (*network.coverage, *network.operations)]
+        rows = [
+            row
+            for name, network in self._made.items()
+            for row in under(self.networks.slots[name].prefix, (*network.coverage, *network.operations))
+        ]
         log_coverage(trainer, "quant/coverage", rows)
 
     def _convert_and_pack(self) -> tuple[dict[str, bytes], dict[str, dict[str, str]]]:

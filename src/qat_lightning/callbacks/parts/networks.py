@@ -15,6 +15,7 @@ from qat_lightning.callbacks.parts.network import Slot
 from qat_lightning.callbacks.parts.settings import QuantizationSettings
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example
+from qat_lightning.modes.coverage import under
 from qat_lightning.modes.left_float import leave_float
 from qat_lightning.modes.prepared import cpu_copy, fake_quantizers, in_training_step, prepared_state, set_phase
 from qat_lightning.modes.protocol import LayerCoverage
@@ -114,8 +115,8 @@ class Networks:
             return mode_for(prepared_state(prepared).recipe).coverage(cpu_copy(prepared), self.examples[name])
 
     def coverage_rows(self) -> list[LayerCoverage]:
-        """Return the coverage rows of all prepared networks."""
-        return [row for name in self.prepared for row in self.coverage(name)]
+        """Return the coverage rows of all prepared networks, with names relative to the LightningModule."""
+        return [row for name in self.prepared for row in under(self.slots[name].prefix, self.coverage(name))]
 
     @property
     def modes(self) -> dict[str, str]:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qat_lightning.export.comparison import CHANCE, Comparison, problem, too_few_equal
+from qat_lightning.export.comparison import CHANCE, Comparison, Judgement, problem, too_few_equal
+from qat_lightning.export.comparison import judge as judgement_of
 from qat_lightning.graph.example import Example
 
 
@@ -86,3 +87,16 @@ def test_many_rows_are_judged_at_once() -> None:
     assert too_few_equal(0, 10**9, 0.995)
     assert not too_few_equal(10**9, 10**9, 1.0)
     assert not too_few_equal(0, 0, 0.995)
+
+
+def test_an_output_below_the_limit_asked_for_is_accepted_with_the_limit_that_was_used() -> None:
+    call, found = Example((torch.randn(64, 16),)), Comparison()
+    found.update(call.args[0], call.args[0] * (1 + 1e-4))
+
+    def judged(least: float) -> Judgement:
+        return judgement_of(found, nn.Identity(), [call], min_sqnr_db=least, min_equal=0.995)
+
+    assert judged(20) == judged(79) == Judgement()
+    remark = judged(200).remark
+    assert "the output: 80.0 dB of SQNR, where at least 200.0 dB are required; accepted" in remark
+    assert 40 < float(remark.partition("the limit used is ")[2].removesuffix(" dB")) < 60

@@ -57,7 +57,7 @@ class QuantizedModelExport(Callback):
         dataloader: Where they come from; by default the validation's loaders, else the test's or the training's.
         min_agreement: Smallest share of outputs whose top-1 must equal fake-quant's.
         min_sqnr_db: Least SQNR of each float output against fake-quant's, in dB; less where the network itself makes
-            more than that of a change of its inputs by a thousandth.
+            more than that of a change of its inputs by a thousandth. The table then says which limit was used.
 
     Attributes:
         results: The result of each format; for several networks in the LightningModule by ``format-network``.

@@ -8,8 +8,8 @@ need not be closer than that.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -111,10 +111,22 @@ def too_few_equal(equal: int, rows: int, least: float) -> bool:
     return 1 - math.fsum(fewer) < CHANCE
 
 
-def problem(
+class Judgement(NamedTuple):
+    """Whether an artifact computes the same as its reference.
+
+    Attributes:
+        wrong: What is wrong with it; empty if nothing is.
+        remark: Which outputs were accepted below the limit that was asked for, and from which value; mostly empty.
+    """
+
+    wrong: str = ""
+    remark: str = ""
+
+
+def judge(
     found: Comparison, reference: nn.Module, calls: Sequence[Example], *, min_sqnr_db: float, min_equal: float
-) -> str:
-    """Return what is wrong with an artifact; empty if nothing is.
+) -> Judgement:
+    """Judge an artifact by its outputs.
 
     Args:
         found: Its outputs compared with the reference's.
@@ -123,17 +135,32 @@ def problem(
         min_sqnr_db: Required SQNR of float outputs.
         min_equal: Required share of equal elements of integer outputs.
     """
-    if not _far(found, [], min_sqnr_db, min_equal):
-        return ""
+    asked = _far(found, [], min_sqnr_db, min_equal)
+    if not asked:
+        return Judgement()
     draws = [_disturbed(reference, calls, seed) for seed in range(DRAWS)]
     far = _far(found, draws, min_sqnr_db, min_equal)
-    if not far:
-        return ""
-    itself = "; ".join(f"{path or 'the output'}: {how}" for path, how in far.items())
-    return (
-        f"{itself}. Changing the inputs by a thousandth moves the network itself less than that, so rounding does not "
-        "explain it (min_sqnr_db)"
+    if far:
+        return Judgement(
+            f"{_listed(far)}. Changing the inputs by a thousandth moves the network itself less than that, so rounding "
+            "does not explain it (min_sqnr_db)"
+        )
+    used = {path: _limit(path, found, draws, min_sqnr_db, min_equal) for path in asked}
+    return Judgement(
+        remark=f"{_listed(asked)}; accepted, because changing the inputs by a thousandth moves the network itself as "
+        f"much: the limit used is {', '.join(dict.fromkeys(used.values()))}"
     )
+
+
+def problem(
+    found: Comparison, reference: nn.Module, calls: Sequence[Example], *, min_sqnr_db: float, min_equal: float
+) -> str:
+    """Return what is wrong with an artifact, see `judge`; empty if nothing is."""
+    return judge(found, reference, calls, min_sqnr_db=min_sqnr_db, min_equal=min_equal).wrong
+
+
+def _listed(outputs: Mapping[str, str]) -> str:
+    return "; ".join(f"{path or 'the output'}: {how}" for path, how in outputs.items())
 
 
 def _far(found: Comparison, draws: Sequence[Comparison], min_sqnr_db: float, min_equal: float) -> dict[str, str]:
@@ -144,14 +171,29 @@ def _far(found: Comparison, draws: Sequence[Comparison], min_sqnr_db: float, min
         if not any(path in draw.others for draw in draws)
     }
     for path, ratio in found.sqnr_db.items():
-        least = min([min_sqnr_db, *(draw.sqnr_db.get(path, math.inf) - MARGIN_DB for draw in draws)])
+        least = _least_db(path, draws, min_sqnr_db)
         if ratio < least:
             far[path] = f"{ratio:.1f} dB of SQNR, where at least {least:.1f} dB are required"
     for path, share in found.equal.items():
-        least = min([min_equal, *(draw.equal.get(path, 1.0) for draw in draws)]) - MARGIN_SHARE
+        least = _least_share(path, draws, min_equal)
         if share < least:
             far[path] = f"{share:.1%} of the integers are equal, where at least {least:.1%} is required"
     return far
+
+
+def _limit(path: str, found: Comparison, draws: Sequence[Comparison], min_sqnr_db: float, min_equal: float) -> str:
+    """Return the limit for an output that the disturbed network sets, as text."""
+    if path in found.sqnr_db:
+        return f"{_least_db(path, draws, min_sqnr_db):.1f} dB"
+    return f"{_least_share(path, draws, min_equal):.1%}" if path in found.equal else "none for shapes"
+
+
+def _least_db(path: str, draws: Sequence[Comparison], min_sqnr_db: float) -> float:
+    return min([min_sqnr_db, *(draw.sqnr_db.get(path, math.inf) - MARGIN_DB for draw in draws)])
+
+
+def _least_share(path: str, draws: Sequence[Comparison], min_equal: float) -> float:
+    return min([min_equal, *(draw.equal.get(path, 1.0) for draw in draws)]) - MARGIN_SHARE
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import nn
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ConfigurationError, ExportError, QuantizationError
 from qat_lightning.export.call import Call
-from qat_lightning.export.comparison import Comparison, problem, too_few_equal
+from qat_lightning.export.comparison import Comparison, judge, too_few_equal
 from qat_lightning.export.formats import FORMATS, check_formats, get_format, stand_in
 from qat_lightning.export.program import int8_network
 from qat_lightning.export.protocol import Format, Source
@@ -83,7 +83,7 @@ def export_quantized(
             below it fails, unless so few outputs were compared that the difference may be chance (a binomial test,
             95 %). Outputs of integers must agree in about this share of their elements.
         min_sqnr_db: Smallest SQNR of each float output, in dB; lower where the network itself differs more when its
-            inputs change by a thousandth. An artifact with an output below it fails.
+            inputs change by a thousandth, which the remark then says. An artifact with an output below it fails.
         name: Name of the files, before the suffix of their format.
 
     Returns:
@@ -234,9 +234,10 @@ class _Job:
         with Server(other.name) as server:
             server.ask("load", "int8", str(_write(other, self.source, folder)))
             self._compare(server, other, result)
-        result.remark = (
+        result.remark = _joined(
+            result.remark,
             f"no runtime for backend={self.source.recipe.backend!r} files is available here: the {other.runtime} that "
-            "this file was made from was compared instead"
+            "this file was made from was compared instead",
         )
 
     def _compare(self, server: Server, chosen: Format, result: ExportResult) -> None:
@@ -292,9 +293,12 @@ class _Job:
                 f"equals that of fake-quant, and at least {limits.agreement:.2%} is required (min_agreement)."
                 f"{self._overflow()}"
             )
-        wrong = problem(found, self.reference, calls, min_sqnr_db=limits.sqnr_db, min_equal=limits.agreement)
-        if wrong:
-            raise ExportError(f"{result.runtime} computes different values than fake-quant: {wrong}.{self._overflow()}")
+        judged = judge(found, self.reference, calls, min_sqnr_db=limits.sqnr_db, min_equal=limits.agreement)
+        if judged.wrong:
+            raise ExportError(
+                f"{result.runtime} computes different values than fake-quant: {judged.wrong}.{self._overflow()}"
+            )
+        result.remark = _joined(result.remark, judged.remark)
 
     def _overflow(self) -> str:
         """A likely cause of different values, if the kernels of runtimes overflow on this CPU."""
@@ -344,6 +348,10 @@ def overflow_here(formats: Collection[str], recipe: Recipe) -> str:
     if not concerned or engine_here(engine) == engine or recipe.scheme.weight_bits < 8:
         return ""
     return f"export={','.join(concerned)} may compute different values here, and then writes no file. {_OVERFLOW}"
+
+
+def _joined(*remarks: str) -> str:
+    return "; ".join(remark.removesuffix(".") for remark in remarks if remark)
 
 
 def _remark(result: ExportResult, network: QuantizedNetwork | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,22 +98,23 @@ def test_batches_come_from_validation_where_the_training_step_does_not_call_the_
 class Indexed(TrainsOnly):
     """Validates on several loaders; notes the size of each batch and the index of its loader."""
 
-    def __init__(self) -> None:
+    def __init__(self, note: Callable[[tuple[int, int]], None]) -> None:
         super().__init__()
-        self.seen: list[tuple[int, int]] = []
+        self.note = note  # a list in an attribute would be restored
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:  # type: ignore[override]
-        self.seen.append((len(batch[0]), dataloader_idx))
+        self.note((len(batch[0]), dataloader_idx))
         super().validation_step(batch, batch_idx)
 
 
 @pytest.mark.parametrize("collect", [list, lambda loaders: dict(zip("ab", loaders, strict=True))], ids=["list", "dict"])
 def test_several_validation_loaders_calibrate_one_after_the_other_as_they_validate(collect: Any) -> None:
-    module, callback = Indexed(), PostTrainingQuantization()
+    seen: list[tuple[int, int]] = []
+    module, callback = Indexed(seen.append), PostTrainingQuantization()
     validation = collect([loader(7, batch_size=7), loader(5, batch_size=5)])
     trainer(callback, max_epochs=1, limit_val_batches=0).fit(module, loader(), validation)
     assert callback.quantized is not None
-    assert module.seen[-2:] == [(7, 0), (5, 1)]
+    assert seen[-2:] == [(7, 0), (5, 1)]
 
 
 def test_without_a_validation_loader_the_validation_step_gets_the_training_batches() -> None:

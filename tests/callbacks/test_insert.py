@@ -393,13 +393,10 @@ class FetchesOptimizersFirst(Lit):
 @pytest.mark.parametrize("mode", MODES)
 def test_manual_optimization(mode: str) -> None:
     module, callback = FetchesOptimizersFirst(), qat(mode)
-    trainer(callback).fit(module, loader(), loader())
+    run = trainer(callback)
+    run.fit(module, loader())
     assert callback.quantized is not None
-
-
-def test_manual_optimization_without_validation_says_what_to_give() -> None:
-    with pytest.raises(NetworkError, match="example_inputs"):
-        trainer(qat()).fit(FetchesOptimizersFirst(), loader())
+    assert run.global_step == 2 * run.num_training_batches * run.max_epochs
 
 
 # Data
@@ -433,8 +430,13 @@ def test_loaders(make: type[Lit], loaders: Callable[[], Any]) -> None:
     assert callback.quantized is not None
 
 
-class SeveralValidationLoaders(FetchesOptimizersFirst):
+class SeveralValidationLoaders(Lit):
     """The example comes from a validation step with ``dataloader_idx``."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if not torch.is_grad_enabled():
+            raise LookupError("only in training")
+        return super().training_step(batch, batch_idx)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:  # type: ignore[override]
         super().validation_step(batch, batch_idx)

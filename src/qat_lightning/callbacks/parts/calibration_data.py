@@ -17,12 +17,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
-from torchmetrics import Metric
 
-from qat_lightning.callbacks.parts.example import nothing_moves, take_step
+from qat_lightning.callbacks.parts.example import take_step
 from qat_lightning.callbacks.parts.network import OWN_FORWARD, Slot
 from qat_lightning.callbacks.parts.peeking import one_batch, transferred
 from qat_lightning.callbacks.parts.streams import generators_kept
+from qat_lightning.callbacks.parts.untouched import nothing_moves
 from qat_lightning.callbacks.parts.variants import Stand
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.graph.example import Example
@@ -195,8 +195,8 @@ def run_in_steps(
     gets no losses). If it does not call them, ``validation_step`` is used with validation batches.
 
     Args:
-        pl_module: Its step runs in evaluation mode, without gradients and logging. Its buffers, including those that
-            networks share with it, are restored afterwards.
+        pl_module: Its step runs in evaluation mode, without gradients and logging. It is restored afterwards, including
+            buffers that networks share with it.
         slots: The slots of the networks.
         networks: The networks to call, by the same names, on the device of the LightningModule.
         loader: Loader of batches for ``training_step``; a collection of loaders is iterated as Lightning trains on it.
@@ -319,7 +319,6 @@ def _run(
         for loader in loaders:
             stack.enter_context(generators_kept(loader))
         stack.enter_context(nothing_moves(pl_module))
-        stack.enter_context(_metrics_kept(pl_module))
         for name, network in networks.items():
             stack.enter_context(within(network))
             stack.enter_context(_standing(slots[name], network))
@@ -377,20 +376,3 @@ def _noted(network: nn.Module, name: str, called: set[str], wanted: int, whole: 
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def _metrics_kept(pl_module: LightningModule) -> Iterator[None]:
-    """Restore the states of metrics afterwards, some of which are not buffers."""
-    kept = [(metric, _state(metric)) for metric in pl_module.modules() if isinstance(metric, Metric)]
-    try:
-        yield
-    finally:
-        for metric, state in kept:
-            metric.__dict__.update(state)
-
-
-def _state(metric: Metric) -> dict[str, Any]:
-    states = {name: list(value) if isinstance(value, list) else value for name, value in metric.metric_state.items()}
-    private = {name: metric.__dict__[name] for name in ("_update_count", "_computed", "_forward_cache")}
-    return states | private

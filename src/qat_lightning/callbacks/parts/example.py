@@ -7,20 +7,18 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature as takes
 
 from qat_lightning.callbacks.parts.network import OWN_FORWARD, Slot, forward_replaced
 from qat_lightning.callbacks.parts.peeking import one_batch
 from qat_lightning.callbacks.parts.precision import precision_of_new_tensors
+from qat_lightning.callbacks.parts.untouched import nothing_moves
 from qat_lightning.errors import NetworkError
 from qat_lightning.graph.example import (
     Example,
     _tidy,
     from_user,
 )
-from qat_lightning.graph.training_flags import flags_kept
-from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 _STEP_OF_STAGE = {
     "fit": ("training_step", "train_dataloader"),
@@ -40,8 +38,7 @@ def catch_examples(
     """Record the inputs with which the LightningModule's step calls each network on a real batch.
 
     ``example_input_array`` is tried first; otherwise one batch of the stage's data goes through its step, which stops
-    as soon as all networks have been called. Buffers and training flags are restored; the caller has to restore
-    random states.
+    as soon as all networks have been called. The LightningModule is restored; the caller has to restore random states.
 
     Raises:
         NetworkError: The step failed before a network was called, or called none; the message says to give
@@ -118,28 +115,3 @@ def _forward_watched(slot: Slot, caught: dict[str, Example], wanted: int) -> Ite
 
     with forward_replaced(owner, watch):
         yield
-
-
-@contextmanager
-def nothing_moves(pl_module: pl.LightningModule) -> Iterator[None]:
-    """Within the block, disable logging; restore buffers and training flags afterwards."""
-    buffers = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
-    silenced = {name: pl_module.__dict__.get(name) for name in ("log", "log_dict")}
-    for name in silenced:
-        pl_module.__dict__[name] = lambda *args, **kwargs: None
-    try:
-        with flags_kept(pl_module), torch.no_grad():
-            yield
-    finally:
-        for name, value in silenced.items():
-            if value is None:
-                del pl_module.__dict__[name]
-            else:
-                pl_module.__dict__[name] = value
-        now = dict(pl_module.named_buffers())
-        for name, buffer in buffers.items():
-            if name in now and now[name].shape == buffer.shape:
-                now[name].copy_(buffer)
-        for module in pl_module.modules():
-            if isinstance(module, FakeQuantize):
-                module.look_again()

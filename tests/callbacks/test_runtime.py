@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import seed_everything
+from torch import Tensor, nn
 
 from qat_lightning import (
     Example,
@@ -19,8 +21,9 @@ from qat_lightning import (
     load_quantized,
     prepare,
 )
-from qat_lightning.errors import CombinationError, ConfigurationError, ExportError
+from qat_lightning.errors import CombinationError, ConfigurationError, ConversionError, ExportError
 from qat_lightning.export import plain_tensors
+from qat_lightning.modes.decomposed import int8
 from qat_lightning.modes.decomposed.plain import PlainLayer
 from tests.callbacks.lit import Lit, dataset, loader, trainer
 from tests.support.exactness import SEVEN_BITS
@@ -104,6 +107,43 @@ def test_it_is_tried_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> N
     fitting = trainer(callback, max_epochs=1)
     with pytest.raises(ExportError, match="no counterpart"):
         fitting.fit(module, loader(), loader())
+    assert fitting.global_step == 0
+
+
+class LeNet(nn.Module):
+    """Flattens with ``view``, which needs a tensor in the order of its dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 8, 3, padding=1), nn.Linear(72, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.second(F.relu(self.first(x)))), 2)
+        result: Tensor = self.head(x.view(x.size(0), -1))
+        return result
+
+
+@pytest.mark.parametrize("mode", ["fx", "eager", "pt2e"])
+def test_flattening_by_view_is_tested_as_trained(mode: str) -> None:
+    callback, module = QuantizationAwareTraining(mode, "x86", runtime="plain", scheme=SEVEN_BITS), Lit(LeNet())
+    fitting = trainer(callback, max_epochs=1)
+    fitting.fit(module, loader(), loader())
+    fitting.test(module, loader(), verbose=False)
+    assert callback.fidelity["agreement"] == 1.0
+    assert callback.quantized.network.runs == "onednn"
+
+
+@pytest.mark.parametrize("mode", ["fx", "pt2e"])
+def test_an_int8_network_that_cannot_run_is_refused_before_the_first_step(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: Any) -> Any:
+        raise RuntimeError("no kernel runs this")
+
+    monkeypatch.setattr(int8.Int8Network, "_run_kernels", lambda self, tensors: self.__dict__.update(_compiled=fails))
+    fitting = trainer(QuantizationAwareTraining(mode, "x86", runtime="plain"), max_epochs=1)
+    with pytest.raises((ConversionError, ExportError), match=r"cannot run.*no kernel runs this"):
+        fitting.fit(Lit(), loader(), loader())
     assert fitting.global_step == 0
 
 

@@ -16,7 +16,7 @@ from qat_lightning import Example, Recipe, Scheme, calibrate, convert, prepare
 from qat_lightning.artifact.frozen import CALLS_BEFORE
 from qat_lightning.modes.decomposed import int8
 from qat_lightning.modes.decomposed.lowering import on_plain_kernels
-from qat_lightning.modes.decomposed.plain import PlainLayer
+from qat_lightning.modes.decomposed.plain import PlainLayer, in_order
 from qat_lightning.numerics.sqnr import sqnr_db
 from qat_lightning.settings.backends import get_backend
 from tests.support.exactness import SEVEN_BITS
@@ -36,6 +36,42 @@ class Residual(nn.Module):
         result: Tensor = self.head(x.flatten(2).transpose(1, 2))
         return result
 
+
+class Viewed(nn.Module):
+    """Code that relies on the memory format of a convolution's output."""
+
+    def __init__(self, look: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3, padding=1), nn.Linear(36, 4)
+        self.look = look
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.second(F.relu(self.first(x)))), 2)
+        result: Tensor = self.head(self.look(x))
+        return result
+
+
+def _view(x: Tensor) -> Tensor:
+    return x.view(x.size(0), -1)
+
+
+def _strided(x: Tensor) -> Tensor:
+    return x.as_strided((x.size(0), 36), (36, 1))
+
+
+def _complex_of_channels(x: Tensor) -> Tensor:
+    return torch.view_as_complex(torch.cat([x, x], 3)[..., :2]).abs().flatten(1)[:, :12].repeat(1, 3)
+
+
+def _as_integers(x: Tensor) -> Tensor:
+    return torch.cat([x, x[..., :1]], 3).view(torch.int16).float().flatten(1)[:, :36] / 2**15
+
+
+def _permuted(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous().view(x.size(0), -1)
+
+
+LOOKS = (_view, _strided, _complex_of_channels, _as_integers, _permuted)
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "residual": (Residual, (3, 8, 8), 3),
@@ -83,6 +119,28 @@ def test_layers_compute_what_the_decomposed_graph_computes(case: str, granularit
     for rows in (1, 5):
         other = torch.randn(rows, *x.shape[1:])
         assert sqnr_db(decomposed(other)[0], kernels(other)[0]) > 50
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_code_finds_the_memory_format_that_it_was_captured_with(look: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CASES, "viewed", (lambda: Viewed(look), (3, 8, 8), 3))
+    network, x = made("viewed")
+    decomposed = network.network.decomposed
+    kernels = on_plain_kernels(decomposed, [x], get_backend("x86", "pt2e"))
+    assert sum(isinstance(module, PlainLayer) for module in kernels.modules()) >= 2
+    for rows in (1, 5):
+        other = torch.randn(rows, *x.shape[1:])
+        assert sqnr_db(decomposed(other)[0], kernels(other)[0]) > 50
+
+
+def test_only_layers_whose_strides_are_read_change_their_memory_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for look in (_view, lambda x: x.flatten(1)):
+        monkeypatch.setitem(CASES, "viewed", (lambda look=look: Viewed(look), (3, 8, 8), 3))
+        network, x = made("viewed")
+        kernels = on_plain_kernels(network.network.decomposed, [x], get_backend("x86", "pt2e"))
+        found.append(len(kernels.graph.find_nodes(op="call_function", target=in_order)))
+    assert found == [1, 0]
 
 
 def test_no_tensor_has_a_dtype_that_torch_deprecates() -> None:

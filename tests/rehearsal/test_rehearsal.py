@@ -18,6 +18,7 @@ from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ConversionError, NetworkError, QuantizationError
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.compile_switch import without_compiling
+from qat_lightning.modes.decomposed import int8
 from qat_lightning.modes.eager.mode import EagerMode
 from qat_lightning.modes.left_float import leave_float
 from qat_lightning.modes.prepared import cpu_copy, prepared_state
@@ -187,6 +188,18 @@ def test_inspection_sees_the_int8_network_and_what_it_has_to_compute() -> None:
     ((int8, wanted),) = seen
     with torch.no_grad():
         assert sqnr_db(cpu_copy(wanted)(*CALL.args), int8(*CALL.args)) > 60
+
+
+@pytest.mark.parametrize(("wanted", "compiler", "runs"), [("1", False, "onednn"), ("1", True, ""), ("0", False, "")])
+def test_a_rehearsal_runs_what_will_run(
+    wanted: str, compiler: bool, runs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QAT_LIGHTNING_COMPILE", wanted)
+    monkeypatch.setattr(int8, "has_cpp_compiler", lambda: compiler)
+    monkeypatch.setattr(int8, "overflowing_layer", lambda decomposed: "")
+    ran: list[Any] = []
+    rehearse(_network(), CALL, Recipe("pt2e", "x86"), inspect=lambda quantized, _: ran.append(quantized.network))
+    assert ran[0].runs == (runs or "not compiled yet")
 
 
 def test_auto_takes_the_first_mode_where_everything_is_int8() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
-from qat_lightning.errors import ConfigurationError, ExportError
+from qat_lightning.errors import ConfigurationError, ExportError, in_brief
 from qat_lightning.export.comparison import Comparison, problem
 from qat_lightning.export.plain_ops import in_plain_ops, of_two
 from qat_lightning.graph.example import Example
@@ -102,8 +102,12 @@ def _of_mode_pt2e(network: QuantizedNetwork, call: Example) -> QuantizedNetwork:
         network.whole,
     )
     plain = QuantizedNetwork(converted, made, call, source=network.source)
-    found = Comparison()
-    found.update(network(*call.args, **call.kwargs), plain(*call.args, **call.kwargs))
+    found, expected = Comparison(), network(*call.args, **call.kwargs)
+    try:
+        actual = plain(*call.args, **call.kwargs)
+    except Exception as error:  # kernels may raise anything
+        raise ExportError(f"On plain tensors the network cannot run: {in_brief(error)}.") from error
+    found.update(expected, actual)
     wrong = problem(found, network, [call], min_sqnr_db=_LEAST_DB, min_equal=_LEAST_EQUAL)
     if wrong:
         raise ExportError(f"On plain tensors the network computes different values: {wrong}.")

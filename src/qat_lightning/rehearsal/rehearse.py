@@ -78,7 +78,8 @@ def rehearse(
 ) -> Rehearsal:
     """Prepare, calibrate, convert, verify, save and load a copy of a network, and report what cannot be int8.
 
-    Nothing is compiled: in mode pt2e the decomposed graph runs. Random states are not changed.
+    Nothing is compiled: in mode pt2e the decomposed graph runs, or oneDNN's kernels where they will run in the end.
+    Random states are not changed.
 
     Args:
         network: The float network with its initial weights; not changed.
@@ -175,20 +176,35 @@ def _refusal(
 
 
 def _why_unsaved(quantized: QuantizedNetwork, float_network: nn.Module) -> str:
-    """Why an int8 network cannot be saved, found by writing a file in memory and loading it again."""
+    """Why an int8 network cannot be saved, found by writing a file in memory and loading it again.
+
+    Raises:
+        ConversionError: It does not even run in this process.
+    """
+    try:
+        expected = _tensors(quantized, quantized.example)
+    except Exception as error:
+        raise ConversionError(
+            f"The int8 network of {type(float_network).__name__} cannot run in mode={quantized.recipe.mode!r}"
+            f"{_runtime(quantized.recipe)}: {in_brief(error)}."
+        ) from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded = quantized_from_bytes(artifact_bytes(quantized), float_network, trusted=True)
-        outputs = [_tensors(module, quantized.example) for module in (quantized, loaded)]
+        found = _tensors(loaded, quantized.example)
     except ArtifactError as error:
         return str(error)
-    except Exception as error:  # noqa: BLE001 - the network itself has been verified
+    except Exception as error:  # noqa: BLE001 - the network itself has run
         return f"{type(error).__name__}: {error}"
-    same = len(outputs[0]) == len(outputs[1]) and all(
-        torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)) for one, other in zip(*outputs, strict=True)
+    same = len(expected) == len(found) and all(
+        torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)) for one, other in zip(expected, found, strict=True)
     )
     return "" if same else "after loading, it computes different values"
+
+
+def _runtime(recipe: Recipe) -> str:
+    return "" if recipe.runtime is None else f" with runtime={recipe.runtime!r}"
 
 
 def _tensors(network: nn.Module, example: Example) -> list[torch.Tensor]:

@@ -96,8 +96,11 @@ class Int8Network(nn.Module):
             return self.at_inference()(**call.arguments(args, kwargs))
         with torch.no_grad():
             tensors = list(map(as_compiled, self.spec.flatten(args, kwargs)))
-            if self.runs == "not compiled yet" and (self.runtime == "plain" or compiling_enabled()):
-                self._compile_on(tensors)
+            if self.runs == "not compiled yet":
+                if self.runtime == "plain" or compiling_enabled():
+                    self._compile_on(tensors)
+                elif compiling_wanted() and (overflowing_layer(self.decomposed) or not has_cpp_compiler()):
+                    self._run_kernels(tensors)  # only tried out, and what will not be compiled runs like this
             run = self.__dict__["_compiled"] or self.decomposed
             return self.spec.unflatten(run(*tensors))
 
@@ -242,7 +245,12 @@ def compiling_enabled() -> bool:
         ...     compiling_enabled()
         False
     """
-    return compiling_allowed() and os.environ.get("QAT_LIGHTNING_COMPILE", "1") != "0"
+    return compiling_allowed() and compiling_wanted()
+
+
+def compiling_wanted() -> bool:
+    """Whether the environment leaves compilation on."""
+    return os.environ.get("QAT_LIGHTNING_COMPILE", "1") != "0"
 
 
 def _said(error: Exception) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from qat_lightning.checks import LayerCheck
 from qat_lightning.graph.scopes import scope_of
 from qat_lightning.modes.decomposed.ops import DEQUANTIZE, QUANTIZE
-from qat_lightning.modes.decomposed.plain import Behind, Grid, PlainLayer, dequantize, quantize
+from qat_lightning.modes.decomposed.plain import Behind, Grid, PlainLayer, dequantize, in_order, quantize
 from qat_lightning.modes.judging import is_faulty
 from qat_lightning.modes.recording import RunsApart
 from qat_lightning.numerics.sqnr import sqnr_db
@@ -34,6 +34,14 @@ _RELU = (_aten.relu.default, _aten.relu_.default)
 _HARDTANH = (_aten.hardtanh.default, _aten.hardtanh_.default)
 _ADD = (_aten.add.Tensor, _aten.add_.Tensor)
 _INTEGERS = (torch.uint8, torch.int8)
+_READS_STRIDES = (
+    _aten.view.default,
+    _aten.view.dtype,
+    _aten._unsafe_view.default,
+    _aten.as_strided.default,
+    _aten.view_as_complex.default,
+)
+"""Ops that fail, or compute something else, in another memory format than that in which the graph was captured."""
 
 _LEAST_DB = 90.0
 """Least SQNR of a layer with float output: float kernels may differ in the order of sums."""
@@ -75,11 +83,14 @@ def on_plain_kernels(decomposed: fx.GraphModule, tensors: list[Tensor], target: 
     output = graph.graph_copy(decomposed.graph, names)
     graph.output(output)
     lowered = fx.GraphModule(decomposed, graph)
+    ends = {candidate.end for candidate in chosen if candidate is not None}
     for count, candidate in enumerate(one for one in chosen if one is not None):
         lowered.add_module(f"_plain_{count}", candidate.layer)
         end = names[candidate.end]
         with graph.inserting_before(end):
             made = graph.call_module(f"_plain_{count}", tuple(names[node] for node in candidate.given))
+            if _strides_are_read(candidate.end, ends):
+                made = graph.call_function(in_order, (made, comparison.orders[candidate.end]))
         end.replace_all_uses_with(made)
         names[candidate.end] = made
     graph.eliminate_dead_code()
@@ -90,6 +101,19 @@ def on_plain_kernels(decomposed: fx.GraphModule, tensors: list[Tensor], target: 
     lowered.delete_all_unused_submodules()
     lowered.recompile()
     return lowered
+
+
+def _strides_are_read(end: fx.Node, ends: set[fx.Node]) -> bool:
+    """Whether an op reads the strides of a layer's output, or of what is computed from it before the next layer."""
+    seen, waiting = set[fx.Node](), list(end.users)
+    while waiting:
+        user = waiting.pop()
+        if user.target in _READS_STRIDES:
+            return True
+        if user not in seen and user not in ends:
+            waiting += user.users
+        seen.add(user)
+    return False
 
 
 def overflowing_layer(decomposed: fx.GraphModule) -> str:
@@ -130,11 +154,13 @@ class _Comparison(RunsApart):
 
     Attributes:
         right: Ids of the candidates that compute the same except for rounding.
+        orders: The dimensions of the value at the end of each candidate, from the outermost in memory.
     """
 
     def __init__(self, decomposed: fx.GraphModule, candidates: list[_Candidate], target: Backend) -> None:
         super().__init__(decomposed)
         self.right = set[int]()
+        self.orders: dict[fx.Node, tuple[int, ...]] = {}
         self._target = target
         self._ends: dict[fx.Node, list[_Candidate]] = defaultdict(list)
         self._waiting: dict[fx.Node, int] = defaultdict(int)
@@ -149,6 +175,8 @@ class _Comparison(RunsApart):
         value = super().run_node(n)
         if n in self._waiting:
             self._held[n] = value
+        if n in self._ends:
+            self.orders[n] = tuple(sorted(range(value.dim()), key=lambda dim: -value.stride(dim)))
         for candidate in self._ends.get(n, ()):
             if self._computes(candidate, value):
                 self.right.add(id(candidate))

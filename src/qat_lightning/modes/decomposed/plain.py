@@ -123,3 +123,8 @@ def dequantize(input: Tensor, scale: float, zero_point: int, least: int, greates
     """Inverse of `quantize`, except for its rounding."""
     value = input.to(torch.float32)
     return (value.sub_(zero_point) if zero_point else value).mul_(scale)
+
+
+def in_order(input: Tensor, order: tuple[int, ...]) -> Tensor:
+    """The same tensor with its dimensions in a given order in memory, from the outermost; oneDNN has its own order."""
+    return input.permute(order).contiguous().permute([order.index(dim) for dim in range(len(order))])

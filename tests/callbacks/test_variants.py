@@ -50,6 +50,38 @@ def test_a_reference_that_fails_does_not_end_the_test() -> None:
         assert fidelity.compute() == {}
 
 
+class Noisy(Net):
+    """Draws a latent, as a variational autoencoder does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = super().forward(x)
+        return mean + torch.randn_like(mean)
+
+
+class Drawing(Lit):
+    """Draws in its step, too."""
+
+    def __init__(self) -> None:
+        super().__init__(Noisy())
+        self.drawn: list[Tensor] = []
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.drawn += [self.net(batch[0]), torch.rand(3)]
+
+
+@pytest.mark.parametrize("mode", ["fx", "eager"])
+def test_the_reference_gets_the_random_numbers_of_int8_and_takes_none(mode: str) -> None:
+    module, callback = Drawing(), qat(mode)
+    run = trainer(callback)
+    run.fit(module, loader())
+    torch.manual_seed(0)
+    run.test(module, loader(), verbose=False)
+    assert callback.fidelity["sqnr_db"] > 30
+    torch.manual_seed(0)
+    alone = [drawn for batch in loader() for drawn in (callback.quantized(batch[0]), torch.rand(3))]
+    assert all(torch.equal(one, other) for one, other in zip(module.drawn, alone, strict=True))
+
+
 class Boxes(nn.Module):
     """A box and scores for each image, the box first."""
 

@@ -54,14 +54,18 @@ class Recorder(RunsApart):
 
 
 @contextmanager
-def same_random_numbers(what: str = "") -> Iterator[None]:
+def same_random_numbers(what: str = "", state: Tensor | None = None) -> Iterator[None]:
     """Make random ops reproducible within the block, and restore the state of the generator.
 
     Args:
         what: The node or network that draws random numbers; it determines the seed.
+        state: The state of the generator with which to begin instead.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(zlib.crc32(what.encode()))
+        if state is None:
+            torch.default_generator.manual_seed(zlib.crc32(what.encode()))
+        else:
+            torch.default_generator.set_state(state)
         yield
 
 

@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from qat_lightning.callbacks.parts.precision import float_dtype
 from qat_lightning.graph.structures import look_into
 from qat_lightning.measure.fidelity import Fidelity
+from qat_lightning.modes.recording import same_random_numbers
 
 
 class Guests:
@@ -74,16 +75,20 @@ class Stand(nn.Module):
         self.dtype = dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the other network."""
-        outputs = self._call(self.__dict__["_network"], args, kwargs)
-        if self.on_cpu and self.fidelity is not None:
-            reference = self.__dict__["_reference"]
+        """Run the other network, and then the reference, which gets the same random numbers and uses up none."""
+        network = self.__dict__["_network"]
+        if self.fidelity is None or not self.on_cpu:
+            return self._in_own_precision(self._call(network, args, kwargs))
+        random_state = torch.get_rng_state()
+        outputs = self._call(network, args, kwargs)
 
-            def expected() -> Any:
-                own_args, own_kwargs = self._in_precision_of(reference, (args, kwargs))
+        def expected() -> Any:
+            reference = self.__dict__["_reference"]
+            own_args, own_kwargs = self._in_precision_of(reference, (args, kwargs))
+            with same_random_numbers(state=random_state):
                 return reference(*own_args, **own_kwargs)
 
-            self.fidelity.compare(expected, outputs, (args, kwargs), self.name)
+        self.fidelity.compare(expected, outputs, (args, kwargs), self.name)
         return self._in_own_precision(outputs)
 
     def _call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.export.conversion import int8_of
 from qat_lightning.graph.example import Example, example_of
+from qat_lightning.graph.lazy import refuse_lazy
 from qat_lightning.graph.training_flags import parts_keep_training
 from qat_lightning.modes.layer_schemes import check_overrides_of
 from qat_lightning.modes.left_float import leaving_float
@@ -39,7 +40,7 @@ def prepare(network: nn.Module, example: Call, recipe: Recipe) -> nn.Module:
     Raises:
         ConfigurationError: A pattern of the scheme's overrides matches no layer.
         TraceError: The network cannot be captured in this mode.
-        NetworkError: There is nothing in it to quantize.
+        NetworkError: There is nothing in it to quantize, or it has lazy modules that were not called yet.
 
     Example:
         >>> import torch
@@ -54,6 +55,7 @@ def prepare(network: nn.Module, example: Call, recipe: Recipe) -> nn.Module:
         >>> convert(prepared, Example((x,)))(x).shape
         torch.Size([16, 4])
     """
+    refuse_lazy(network)
     check_overrides_of({"": network}, recipe)
     with parts_keep_training(network) as keep:
         return keep(mode_for(recipe).prepare(network, example_of(example), recipe))
@@ -87,7 +89,7 @@ def quantize(network: nn.Module, example: Call, recipe: Recipe) -> QuantizedNetw
 
     Raises:
         ConfigurationError: The recipe is of another kind, or the mode and backend do not support it.
-        NetworkError: There is nothing to quantize.
+        NetworkError: There is nothing to quantize, or the network has lazy modules that were not called yet.
         TraceError: The network cannot be captured in this mode.
 
     Example:
@@ -97,6 +99,7 @@ def quantize(network: nn.Module, example: Call, recipe: Recipe) -> QuantizedNetw
         >>> [row.quantized for row in quantize(network, call, Recipe("eager", "x86", kind="dynamic")).coverage]
         [True, True]
     """
+    refuse_lazy(network)
     check_overrides_of({"": network}, recipe)
     _warn_of_detour(recipe)
     example = example_of(example)

@@ -28,6 +28,7 @@ from qat_lightning.artifact.values import decode, no_tag
 from qat_lightning.checks import LayerCheck, WholeCheck
 from qat_lightning.errors import ArtifactError, ConfigurationError, QuantizationError
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.lazy import refuse_lazy
 from qat_lightning.layers.kernels import choose_kernels
 from qat_lightning.modes.protocol import Converted, LayerCoverage
 from qat_lightning.settings.backends import require
@@ -83,6 +84,7 @@ def load_quantized(
             ``trusted`` is needed.
         ConfigurationError: This build of PyTorch cannot run the backend, or the network does not support the runtime.
         MissingExtraError: The package for the protocol of a URL is not installed.
+        NetworkError: ``network`` has lazy modules that were not called yet.
     """
     return _load(place(path), path, network, trusted, runtime)
 
@@ -99,6 +101,8 @@ def _load(
         raise ConfigurationError(
             f"network={network!r} is not a network: give an instance of the float network, such as network=Net()."
         )
+    if network is not None:
+        refuse_lazy(network)
     description, data = _read(source, path)
     try:
         recipe = _with_runtime(_decode_recipe(description["recipe"]), runtime)

@@ -20,6 +20,7 @@ from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ArtifactError, ConversionError, NetworkError, QuantizationError, in_brief
 from qat_lightning.graph.buffers import buffers_copied
 from qat_lightning.graph.example import Example, in_float32
+from qat_lightning.graph.lazy import refuse_lazy
 from qat_lightning.graph.scopes import join
 from qat_lightning.graph.training_flags import plain_train
 from qat_lightning.modes.compile_switch import without_compiling
@@ -105,6 +106,7 @@ def rehearse(
         >>> found.left_float, found.int8_macs, found.unsaved
         ({}, 1.0, '')
     """
+    refuse_lazy(network)
     with memory_given_back():
         return _rehearse(network, example, recipe, prefix, on_fault, inspect)
 

@@ -28,9 +28,11 @@ from qat_lightning.callbacks.parts.resuming import (
     with_weights,
 )
 from qat_lightning.callbacks.parts.together import refuse_compiled
+from qat_lightning.callbacks.parts.untouched import nothing_moves
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.export.plain_tensors import in_its_runtime
 from qat_lightning.graph.example import Example, check_example, examples_from_user, refuse_old_norms
+from qat_lightning.graph.lazy import materialize
 from qat_lightning.graph.scopes import join
 from qat_lightning.graph.training_flags import parts_keep_training
 from qat_lightning.modes.compiling import refuse_compile
@@ -66,9 +68,18 @@ class Preparation:
     def find_examples(
         self, trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot], stage: str
     ) -> dict[str, Example]:
-        """Return an example call of each network: as given, or recorded from a real batch."""
+        """Return an example call of each network: as given, or recorded from a real batch. Initializes lazy modules."""
         for name, slot in slots.items():
             refuse_old_norms(slot.get(), name)
+        found = self._examples(trainer, pl_module, slots, stage)
+        with nothing_moves(pl_module):
+            for name, slot in slots.items():
+                materialize(slot.get(), found[name])
+        return found
+
+    def _examples(
+        self, trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot], stage: str
+    ) -> dict[str, Example]:
         if self.given is not None:
             return examples_from_user(self.given, list(slots))
         found = catch_examples(trainer, pl_module, list(slots.values()), stage)

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from qat_lightning.callbacks.parts.idle_optimizers import without_steps
+from qat_lightning.graph.buffers import write_back
 from qat_lightning.graph.lazy import is_lazy
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 
@@ -55,6 +57,7 @@ class _State:
         self._containers: dict[int, tuple[Any, Any]] = {}
         self._values: dict[int, tuple[Any, Any]] = {}
         self._required: dict[nn.Parameter, bool] = {}
+        self._waiting: dict[nn.Module, RemovableHandle] = {}
         self._note(root)
 
     def _note(self, value: Any) -> None:
@@ -74,8 +77,10 @@ class _State:
             self._values[id(value)] = value, value.copy()
 
     def _note_module(self, module: nn.Module) -> None:
-        # The first call changes a lazy module for good.
-        if is_lazy(module) or not self._is_new(vars(module)):
+        if is_lazy(module):
+            self._note_once_initialized(module)
+            return
+        if not self._is_new(vars(module)):
             return
         for buffer in module._buffers.values():
             if buffer is not None:
@@ -86,6 +91,16 @@ class _State:
         for name, value in vars(module).items():
             if name != "_parameters":  # a sharded layer exchanges them, and knows which ones it has
                 self._note(value)
+
+    def _note_once_initialized(self, module: nn.Module) -> None:
+        """Note a lazy module in its first call, which gives it parameters for good."""
+
+        def note(*_: Any) -> None:
+            self._waiting[module].remove()
+            self._note_module(module)
+
+        if module not in self._waiting:
+            self._waiting[module] = module.register_forward_pre_hook(note)
 
     def _is_new(self, container: Any) -> bool:
         """Note what a container has in it; returns False if that was known."""
@@ -102,6 +117,8 @@ class _State:
     @torch.no_grad()
     def restore(self) -> None:
         """Put everything back. Containers and tensors stay the same objects; only what changed is written."""
+        for handle in self._waiting.values():
+            handle.remove()
         for parameter, required in self._required.items():
             if parameter.requires_grad != required:
                 parameter.requires_grad_(required)
@@ -113,7 +130,7 @@ class _State:
             if isinstance(value, np.ndarray):
                 value[...] = before
             elif not torch.equal(value, before):
-                value.copy_(before)
+                write_back(value, before)
 
 
 def _is_same(container: Any, before: Any) -> bool:

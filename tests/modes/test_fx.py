@@ -171,7 +171,7 @@ def test_default_arguments_that_the_example_leaves_out_are_fixed() -> None:
 
     prepared = prepare(Optional())
     assert prepared(IMAGES).shape == (8, 4, 8, 8)
-    with pytest.raises(NetworkError, match="is called with x, double, of which the trace knows no double"):
+    with pytest.raises(NetworkError, match="is called with x, double=True; the trace fixes the value of double"):
         prepared(IMAGES, double=True)
 
 

@@ -89,7 +89,7 @@ class Required(nn.Module):
 def test_an_input_without_a_default_may_be_none(tmp_path: Path) -> None:
     for network in forms(Required(), Example((X, None), {"z": Y}), tmp_path):
         assert torch.equal(network(X, mask=None, z=Y), network(X, None, None, z=Y))
-        with pytest.raises(NetworkError, match="of which the trace knows no mask"):
+        with pytest.raises(NetworkError, match="the trace fixes the value of mask"):
             network(X, Y, z=Y)
 
 

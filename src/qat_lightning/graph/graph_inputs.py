@@ -11,12 +11,14 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
-from qat_lightning.graph.example import Example
+from qat_lightning.graph.example import Example, describe
 
 FIXED = "fixed"
 """Keyword argument of the node of a fixed input; torch.fx reads no keyword arguments of inputs."""
+
+_LONG = 60
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -74,19 +76,21 @@ class GraphInputs:
         """The error message for a call with other inputs than those of the trace; empty if it has these."""
         others = self.others(args, kwargs)
         as_fixed = self.fixed.keys() - others
-        given = self.named(args, kwargs).items()
-        called_with = [name for name, value in given if value is not None and name not in as_fixed]
+        given = self.named(args, kwargs)
+        called_with = [name for name, value in given.items() if value is not None and name not in as_fixed]
         traced = [name for name in self.names if name not in self.fixed]
         missing = [name for name in self.read if name not in called_with]
-        unknown = [name for name in called_with if name not in traced]
-        values = [f"{name}={self.fixed[name]!r}" for name in others if self.fixed[name] is not ...]
+        unknown = [name for name in called_with if name not in self.names]
         if len(args) <= len(self.names) and not (missing or unknown or others):
             return ""
+        traced += [f"{name}={self.fixed[name]!r}" for name in others if self.fixed[name] is not ...]
+        called = [f"{name}={_brief(given[name])}" if name in others else name for name in called_with]
         return (
-            f"The network was traced with the inputs {', '.join(traced)}{_list(' and ', values)}, and is called with "
-            f"{', '.join(called_with) or 'none'}{_list(' and without ', missing)}"
-            f"{_list(', of which the trace knows no ', unknown)}. Call it with the inputs of the trace in every step, "
-            "give example_inputs= with these inputs, or use mode='eager', which needs no graph."
+            f"The network was traced with the inputs {', '.join(traced)}, and is called with "
+            f"{', '.join(called) or 'none'}{_list(' and without ', missing)}"
+            f"{_list('; the trace fixes the value of ', others)}{_list('; the trace has no input ', unknown)}. Call it "
+            "with the inputs of the trace in every step, give example_inputs= with these inputs, or use mode='eager', "
+            "which needs no graph."
         )
 
 
@@ -177,6 +181,12 @@ def _plain(value: Any) -> Any:
 
 def _is(value: Any, fixed: Any) -> bool:
     return value is fixed or (type(value) is type(fixed) and repr(value) == repr(fixed))
+
+
+def _brief(value: Any) -> str:
+    """A value, or its type and shape if it is long."""
+    spelled = repr(value)
+    return describe(value) if isinstance(value, Tensor) or len(spelled) > _LONG else spelled
 
 
 def _list(start: str, names: list[str]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,58 @@ def test_order_is_that_of_the_float_network_and_entries_are_tensors(mode: str) -
     ):
         assert [name for name in now if name in set(wanted)] == wanted
     assert not [key for key, value in module.state_dict().items() if not isinstance(value, Tensor)]
+
+
+@pytest.mark.parametrize("learned", ["none", "lsq"])
+@pytest.mark.parametrize("mode", MODES)
+def test_tensors_of_the_float_network_come_before_those_that_it_does_not_have(mode: str, learned: Any) -> None:
+    """In the network and in a part of it, so that pairs by position are right."""
+    plain, module = Mixed(), Lit(Mixed())
+    trainer(qat(mode, scheme=Scheme(learned_step=learned)), max_steps=1).fit(module, loader())
+    copied = copy.deepcopy(module.net)
+    pairs = [(plain, module.net), (plain, copied), (plain.blocks, module.net.blocks), (plain.blocks, copied.blocks)]
+    for wanted, network in pairs:
+        for names in (lambda n: [k for k, _ in n.named_parameters()], lambda n: [k for k, _ in n.named_buffers()]):
+            assert names(network)[: len(names(wanted))] == names(wanted)
+    assert list(module.net.state_dict())[: len(plain.state_dict())] == list(plain.state_dict())
+
+
+class Averages(Lit):
+    """Averages a copy of the network that was made before its preparation."""
+
+    def __init__(self, average: Callable[[nn.Module, nn.Module], Any]) -> None:
+        super().__init__()
+        self.copied = copy.deepcopy(self.net).requires_grad_(False)
+        self.average = average
+        self.expected = {key: value.clone() for key, value in self.copied.state_dict().items()}
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        now = self.net.state_dict()
+        for key, value in self.expected.items():
+            value.copy_((value * 0.5 + now[key] * 0.5).to(value.dtype))
+        self.average(self.copied, self.net)
+
+
+@torch.no_grad()
+def _average_parameters_and_buffers(copied: nn.Module, network: nn.Module) -> None:
+    for tensors in (nn.Module.parameters, nn.Module.buffers):
+        for mean, value in zip(tensors(copied), tensors(network), strict=False):
+            mean.copy_((mean * 0.5 + value * 0.5).to(mean.dtype))
+
+
+@torch.no_grad()
+def _average_entries(copied: nn.Module, network: nn.Module) -> None:
+    for mean, value in zip(copied.state_dict().values(), network.state_dict().values(), strict=False):
+        mean.copy_((mean * 0.5 + value * 0.5).to(mean.dtype))
+
+
+@pytest.mark.parametrize("average", [_average_parameters_and_buffers, _average_entries])
+@pytest.mark.parametrize("learned", ["none", "lsq"])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_average_by_position_averages_the_same_tensors(mode: str, learned: Any, average: Any) -> None:
+    module = Averages(average)
+    trainer(qat(mode, module="net", scheme=Scheme(learned_step=learned)), max_steps=3).fit(module, loader())
+    assert_same_state(module.copied.state_dict(), module.expected)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 _TABLES = ("_parameters", "_buffers", "_modules")
+
+Named = Literal["named_parameters", "named_buffers"]
+_NAMED: tuple[Named, ...] = ("named_parameters", "named_buffers")
 
 
 def order_as(module: nn.Module, other: nn.Module) -> None:
@@ -37,6 +40,51 @@ def order_by_keys(module: nn.Module, keys: Iterable[str], prefix: str = "") -> N
     for name, child in module._modules.items():
         if child is not None:
             order_by_keys(child, within, f"{name}.")
+
+
+class NamedFirst:
+    """Replaces ``named_parameters`` or ``named_buffers`` of one module: some tensors come before all others.
+
+    ``parameters()`` and ``buffers()`` follow it. It is set on the instance, whose class stays the user's.
+
+    Args:
+        module: The module.
+        method: Which of the two it replaces.
+        names: Names of the tensors that come first, in the order of the module tree.
+    """
+
+    def __init__(self, module: nn.Module, method: Named, names: Collection[str]) -> None:
+        self.module, self.method, self.names = module, method, frozenset(names)
+
+    def __call__(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """See `torch.nn.Module.named_parameters`."""
+        usual = getattr(type(self.module), self.method)
+        pairs = usual(self.module, prefix=prefix, recurse=recurse, remove_duplicate=remove_duplicate)
+        start = f"{prefix}." if prefix else ""
+        return iter(sorted(pairs, key=lambda pair: pair[0].removeprefix(start) not in self.names))
+
+
+def name_first(module: nn.Module, other: nn.Module) -> None:
+    """Let ``parameters()`` and ``buffers()`` of ``module`` and its submodules begin with the tensors of ``other``.
+
+    So that pairing them by position, as averages of weights do, pairs the same tensors in both.
+    """
+    own = dict(module.named_modules(remove_duplicate=False))
+    for path, counterpart in other.named_modules():
+        if path not in own or not counterpart._modules:
+            continue
+        for method in _NAMED:
+            names = [name for name, _ in getattr(counterpart, method)(remove_duplicate=False)]
+            own[path].__dict__[method] = NamedFirst(own[path], method, names)
+
+
+def name_as_usual(module: nn.Module) -> None:
+    """Undo `name_first`."""
+    for inner in module.modules():
+        for method in _NAMED:
+            inner.__dict__.pop(method, None)
 
 
 def _arrange(table: dict[str, Any], names: Iterable[str]) -> None:

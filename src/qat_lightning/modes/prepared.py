@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qat_lightning.errors import CheckpointMismatchError, ConversionError
+from qat_lightning.graph.module_order import name_first
 from qat_lightning.layers.qat_modules import FreezableBatchNorm
 from qat_lightning.layers.rounded import RoundedLayer
 from qat_lightning.modes.protocol import Mode
@@ -204,6 +205,18 @@ def follow_course(prepared: nn.Module) -> None:
     course = prepared_state(prepared).course
     for _, fq in fake_quantizers(prepared):
         fq.__dict__["course"] = course  # not a child: the network has it already
+
+
+def name_float_tensors_first(prepared: nn.Module) -> None:
+    """List the float network's parameters, buffers and entries before ranges and scales, which it does not have."""
+    name_first(prepared, prepared_state(prepared).float_network)
+    prepared.register_state_dict_post_hook(_added_entries_last)
+
+
+def _added_entries_last(prepared: nn.Module, entries: Any, prefix: str, *args: Any) -> None:
+    known = {prefix + key for key in float_keys(prepared)}
+    for key in [key for key in entries if key.startswith(prefix) and key not in known]:
+        entries[key] = entries.pop(key)
 
 
 def in_training_step(prepared: nn.Module, begins: bool) -> None:

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from qat_lightning.callbacks.parts.checkpoint_io import read_checkpoint, read_float_state, read_sharded
 from qat_lightning.errors import CheckpointMismatchError, ConfigurationError
-from qat_lightning.graph.module_order import order_by_keys
+from qat_lightning.graph.module_order import name_as_usual, order_by_keys
 from qat_lightning.graph.scopes import dotted
 from qat_lightning.modes.prepared import PreparedState, check_recipe, float_keys, prepared_state
 from qat_lightning.numerics.state_entries import from_entry, without_placeholders
@@ -226,6 +226,8 @@ def _take_order(network: nn.Module, saved: Mapping[str, Any], prefix: str) -> No
         usual = [name for name, _ in state.float_network.named_parameters()]
         now = [name for name, _ in network.named_parameters()]
         state.own_order = usual != [name for name in now if name in set(usual)]
+        if state.own_order:
+            name_as_usual(network)
 
 
 def _complete(state_dict: dict[str, Any], network: nn.Module, prefix: str) -> None:

@@ -51,6 +51,7 @@ from qat_lightning.modes.prepared import (
     follow_course,
     is_prepared,
     materialize_weights,
+    name_float_tensors_first,
     prepared_state,
     refuse_simulated,
     set_phase,
@@ -126,6 +127,7 @@ class EagerMode:
         give_layers_their_grids(network)
         materialize_weights(network)
         follow_course(network)
+        name_float_tensors_first(network)
         take_forwards_as_a_whole(network, observation)
         follow_checkpoints(network)
         _check_same(network, example, observation.result)

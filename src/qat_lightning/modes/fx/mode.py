@@ -64,6 +64,7 @@ from qat_lightning.modes.prepared import (
     copy_of_modules,
     follow_course,
     materialize_weights,
+    name_float_tensors_first,
     prepared_state,
     refuse_simulated,
     weights_unrounded,
@@ -161,6 +162,7 @@ class FxMode:
         materialize_weights(result)
         materialize_weights_of_functions(result, result.graph)
         follow_course(result)
+        name_float_tensors_first(result)
         follow_checkpoints(result)
         follow_earlier_checkpoints(result)
         refuse_other_results(result, float_network, example, _why_other(float_network, mixed))

@@ -36,6 +36,7 @@ from qat_lightning.modes.prepared import (
     fake_quantizers,
     follow_course,
     is_prepared,
+    name_float_tensors_first,
     prepared_parts,
     prepared_state,
     refuse_simulated,
@@ -95,6 +96,7 @@ class PartsMode:
         plan = PartsPlan({name: calls[0] for name, calls in found.parts.items()}, found.refused)
         network._quantization = PreparedState(self, recipe, float_network, prefix=prefix, plan=plan)
         follow_course(network)  # last, because the parts had a course each
+        name_float_tensors_first(network)
         for name, part in prepared.items():
             for _, fq in fake_quantizers(part):
                 fq.is_shared = fq.is_shared or len(found.parts[name]) > 1

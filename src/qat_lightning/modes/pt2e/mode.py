@@ -25,6 +25,7 @@ from qat_lightning.modes.prepared import (
     copy_of_modules,
     fake_quantizers,
     follow_course,
+    name_float_tensors_first,
     prepared_state,
     refuse_simulated,
 )
@@ -90,6 +91,7 @@ class Pt2eMode:
         if recipe.quantizer is not None:
             result._quantization.grids = {name: str(fq.grid) for name, fq in fake_quantizers(result)}
         follow_course(result)
+        name_float_tensors_first(result)
         follow_checkpoints(result)
         result.keep_extra_state_of(float_network)
         set_training_flags(result, flags)

@@ -31,6 +31,7 @@ from qat_lightning.modes.prepared import (
     follow_course,
     is_prepared,
     materialize_weights,
+    name_float_tensors_first,
     prepared_state,
 )
 from qat_lightning.modes.protocol import Converted, LayerCoverage
@@ -80,6 +81,7 @@ class DirectMode:
                 round_trained(trained_layer(network, row.name), recipe.of(join(prefix, row.name)))
         network._quantization = PreparedState(self, recipe, float_network, prefix=prefix)
         follow_course(network)
+        name_float_tensors_first(network)
         follow_checkpoints(network)
         materialize_weights(network)
         leave_float(network, read, None)

@@ -28,7 +28,9 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.profilers import PyTorchProfiler
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from qat_lightning import Scheme
 from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
 from qat_lightning.errors import ConfigurationError, NetworkError
@@ -340,6 +342,43 @@ def test_a_backbone_that_was_unfrozen_is_so_after_a_resume(mode: str, tmp_path: 
 def test_an_average_that_would_miss_the_preparation_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="EMAWeightAveraging comes before QuantizationAwareTraining"):
         trainer(averaging(), qat()).fit(Lit(), loader())
+
+
+class WithAverage(Lit):
+    """Averages its network itself, in a copy from before the preparation."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.mean = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(0.5), **settings)
+        self.expected: dict[str, Tensor] = {}
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        values = self.net.state_dict()
+        now = {key: values[key].double() for key in self.mean.module.state_dict() if "batches" not in key}
+        self.expected = {key: (self.expected.get(key, value) + value) / 2 for key, value in now.items()}
+        self.mean.update_parameters(self.net)
+
+
+@pytest.mark.parametrize("settings", [{}, {"scheme": Scheme(learned_step="lsq")}])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_average_in_the_module_that_cannot_be_updated_is_refused(mode: str, settings: Any) -> None:
+    module = WithAverage(use_buffers=bool(settings))
+    before = state(module)
+    with pytest.raises(ConfigurationError, match=r"'mean' is an AveragedModel of 'net'.*EMAWeightAveraging"):
+        trainer(qat(mode, module="net", **settings)).fit(module, loader())
+    assert type(module.net) is Net
+    assert_same_state(state(module), before)
+
+
+@pytest.mark.parametrize(("kind", "use_buffers"), [("static", True), ("weight_only", True), ("weight_only", False)])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_average_in_the_module_that_can_be_updated_averages_by_name(mode: str, kind: Any, use_buffers: bool) -> None:
+    module, settings = WithAverage(use_buffers=use_buffers), {} if kind == "static" else {"kind": kind}
+    trainer(qat(mode, module="net", **settings), max_steps=3).fit(module, loader())
+    averaged = module.mean.module.state_dict()
+    for key, value in module.expected.items():
+        if use_buffers or "running" not in key:  # the last ones are copied instead
+            torch.testing.assert_close(averaged[key].double(), value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.nightly

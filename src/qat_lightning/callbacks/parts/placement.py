@@ -26,6 +26,7 @@ from qat_lightning.callbacks.parts.sharding import (
     refuse_other_weights,
     shards,
 )
+from qat_lightning.callbacks.parts.together import averages_of, refuse_averages
 from qat_lightning.modes.captured_once import captured_once
 from qat_lightning.modes.prepared import is_prepared, prepared_state
 from qat_lightning.modes.sharded import is_sharded, keep_form
@@ -124,10 +125,13 @@ class Placement:
                 self._floats.check(slots)
                 networks.decisions = preparation.decide_all(trainer, slots, examples, stage)
                 several = len(slots) > 1 or reworks(networks.settings.recipe)
-                if several and not all(decision.rehearsal for decision in networks.decisions.values()):
-                    # Preparation may work in place; the rehearsal on copies has shown that it succeeds.
+                averages = {name: averages_of(pl_module, slot.get()) for name, slot in slots.items()}
+                shown = all(decision.rehearsal for decision in networks.decisions.values())
+                if any(averages.values()) or (several and not shown):
+                    # Preparation may work in place; on copies it is shown to succeed.
                     for name, slot in slots.items():
-                        preparation.prepare_one(slot, copy.deepcopy(slot.get()), examples[name])
+                        trial = preparation.prepare_one(slot, copy.deepcopy(slot.get()), examples[name])
+                        refuse_averages(averages[name], name, slot.get(), trial)
                 prepared = {n: preparation.prepare_one(slot, slot.get(), examples[n]) for n, slot in slots.items()}
                 for name, slot in slots.items():
                     slot.install(prepared[name])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
@@ -11,6 +11,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
+from torch.optim.swa_utils import AveragedModel
 
 from qat_lightning.callbacks.parts.layer_sync import synchronize_in_place
 from qat_lightning.callbacks.parts.settings import QuantizationSettings
@@ -114,6 +115,46 @@ def refuse_callbacks(trainer: Trainer, quantization: Callback, mode: str) -> Non
 def _averages(callback: Callback) -> bool:
     """Whether this is Lightning's ``WeightAveraging``; by name, because older releases do not have the class."""
     return any(kind.__name__ == "WeightAveraging" for kind in type(callback).__mro__)
+
+
+def averages_of(pl_module: nn.Module, network: nn.Module) -> dict[str, AveragedModel]:
+    """Return torch's averages of a network that the LightningModule holds, by name."""
+    keys = network.state_dict().keys()
+    return {
+        name: module
+        for name, module in pl_module.named_modules()
+        if isinstance(module, AveragedModel)
+        and type(module).update_parameters is AveragedModel.update_parameters
+        and module.module.state_dict().keys() == keys
+    }
+
+
+def refuse_averages(averages: Mapping[str, AveragedModel], name: str, network: nn.Module, prepared: nn.Module) -> None:
+    """Raise for averages of a float network that cannot be updated from the prepared one.
+
+    Without ``use_buffers`` torch requires equally many buffers, and with it, it pairs parameters and buffers as one
+    sequence.
+
+    Args:
+        averages: See `averages_of`.
+        name: The network's name.
+        network: The float network.
+        prepared: The network with fake-quantization.
+
+    Raises:
+        ConfigurationError: The message says what averages instead.
+    """
+    learned = len(list(prepared.parameters())) > len(list(network.parameters()))
+    observed = len(list(prepared.buffers())) > len(list(network.buffers()))
+    for own, average in averages.items():
+        if learned or (observed and not average.use_buffers):
+            pairs = "" if learned else ", or give AveragedModel use_buffers=True, which averages the float network"
+            raise ConfigurationError(
+                f"{own!r} is an AveragedModel of {name!r} from before its preparation for quantization, which adds "
+                f"{'learned scales' if learned else 'the buffers of ranges'}: its update_parameters would fail or pair "
+                "the wrong tensors. Use Lightning's callback EMAWeightAveraging or WeightAveraging, listed after "
+                f"QuantizationAwareTraining: its average is converted to int8{pairs}."
+            )
 
 
 def evaluate_average(trainer: Trainer, stage: str) -> None:

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qat_lightning.graph.hooks import SharedHook
+
 _MOST_OBJECTS = 400
 PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _MUTABLE = (list, dict, set, collections.deque, bytearray)
@@ -330,7 +332,10 @@ def _content(cell: types.CellType) -> Any:
 
 def _are_ours(hooks: dict[int, Any]) -> bool:
     """Whether hooks are part of an int8 network, such as those that quantize a layer's input."""
-    return all((getattr(hook, "__module__", None) or "").startswith("qat_lightning.") for hook in hooks.values())
+    return all(
+        (getattr(hook, "__module__", None) or "").startswith("qat_lightning.") and not isinstance(hook, SharedHook)
+        for hook in hooks.values()
+    )
 
 
 def _hook_handles() -> int:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, fx, nn
 from qat_lightning.errors import NetworkError
 from qat_lightning.graph.given_sizes import GivenSizes
 from qat_lightning.graph.graph_inputs import GraphInputs
+from qat_lightning.graph.hooks import users_hooks
 from qat_lightning.graph.inference_call import InferenceCall
 from qat_lightning.graph.portable_graph import hold_graphs, release_graphs
 from qat_lightning.graph.training_flags import overrides_train, set_training_flags, training_flags
@@ -108,6 +110,10 @@ class GraphNetwork(KeepsExtraState):
     """The inputs that the graph supports; None if it supports all sizes."""
     inference_call: InferenceCall | None = None
     """The call without the inputs of the loss; None if there are none."""
+    _merged: Mapping[str, nn.Module] = MappingProxyType({})
+    """Modules of the float network that the graph does not call one by one."""
+    _known_hooks: frozenset[int] = frozenset()
+    """Keys of hooks on them that are part of the graph."""
 
     def __init__(self, source: fx.GraphModule) -> None:
         super().__init__()
@@ -151,6 +157,7 @@ class GraphNetwork(KeepsExtraState):
         run = self.__dict__["_run"]
         if torch.compiler.is_compiling():  # compiled steps are only used for inputs that fit
             return run(self, *args, **kwargs)
+        self._refuse_hooks()
         inputs: GraphInputs = self.__dict__["_graph_inputs"]
         if inputs.others(args, kwargs):
             raise NetworkError(self._other_inputs(args, kwargs))
@@ -168,6 +175,17 @@ class GraphNetwork(KeepsExtraState):
             if other := self._other_inputs(args, kwargs):
                 raise NetworkError(other) from error
             raise
+
+    def _refuse_hooks(self) -> None:
+        """Raise an error for hooks that were registered after the preparation, and would not see what they should."""
+        for name, module in self._merged.items():
+            if any(key not in self._known_hooks for _, key in users_hooks(module)):
+                raise NetworkError(
+                    f"A hook was registered on {name!r}, which was merged into one graph with other layers when the "
+                    "network was prepared for quantization: the hook would not be called, or would see the output of "
+                    "several layers at once. Use mode='eager', which calls every module and its hooks, or return from "
+                    "forward what the hook collects."
+                )
 
     def _other_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Which inputs the network was traced with, if a call that failed has others; empty if it has these."""
@@ -288,6 +306,11 @@ class GraphPart(KeepsExtraState):
             "called by itself. Call the whole network, give module='<the part that is called>' to the callback, or "
             "use mode='eager', in which every submodule stays callable."
         )
+
+
+def refuse_call(*args: Any, **kwargs: Any) -> Any:
+    """Replaces the ``forward`` of a module that was merged into the graph."""
+    return GraphPart().forward(*args, **kwargs)
 
 
 def compile_graph(graph: fx.Graph) -> Callable[..., Any]:

@@ -32,6 +32,7 @@ from qat_lightning.callbacks.parts.untouched import nothing_moves
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.export.plain_tensors import in_its_runtime
 from qat_lightning.graph.example import Example, check_example, examples_from_user, refuse_old_norms
+from qat_lightning.graph.hooks import share_hooks
 from qat_lightning.graph.lazy import materialize
 from qat_lightning.graph.scopes import join
 from qat_lightning.graph.training_flags import parts_keep_training
@@ -71,6 +72,7 @@ class Preparation:
         """Return an example call of each network: as given, or recorded from a real batch. Initializes lazy modules."""
         for name, slot in slots.items():
             refuse_old_norms(slot.get(), name)
+            share_hooks(slot.get())
         found = self._examples(trainer, pl_module, slots, stage)
         with nothing_moves(pl_module):
             for name, slot in slots.items():

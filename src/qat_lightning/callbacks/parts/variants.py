@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torchmetrics import Metric
 
 from qat_lightning.callbacks.parts.precision import float_dtype
+from qat_lightning.graph.special_methods import take_special_methods
 from qat_lightning.graph.structures import look_into
 from qat_lightning.measure.fidelity import Fidelity
 from qat_lightning.modes.recording import same_random_numbers
@@ -73,6 +74,7 @@ class Stand(nn.Module):
         self.fidelity = fidelity
         self.name = name
         self.dtype = dtype
+        take_special_methods(self, type(prepared), _prepared)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the other network, and then the reference, which gets the same random numbers and uses up none."""
@@ -126,6 +128,10 @@ class Stand(nn.Module):
             if instead is None:
                 return found
             return lambda *args, **kwargs: self._in_own_precision(self._call(instead, args, kwargs))
+
+
+def _prepared(stand: nn.Module) -> Any:
+    return stand.__dict__["_prepared"]
 
 
 def _cast(values: Any, dtype: torch.dtype | None) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 
+from qat_lightning.layers.qat_modules import FoldedLayer
 from qat_lightning.modes.fx.train_and_eval import set_module
 
 
@@ -36,6 +37,10 @@ class FloatFused(nn.Module):
         for key in [key for key in state_dict if key.startswith(prefix) and key[len(prefix)].isdigit()]:
             del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+FUSED = (FoldedLayer, _FusedModule, FloatFused)
+"""Modules that compute several layers of the float network at once."""
 
 
 def hide_second_names(network: nn.Module) -> None:

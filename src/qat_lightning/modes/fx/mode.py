@@ -29,7 +29,7 @@ from qat_lightning.modes.fx.autocast import NOT_SEEN
 from qat_lightning.modes.fx.batchnorm import give_parameters
 from qat_lightning.modes.fx.bounds import hide_bounded
 from qat_lightning.modes.fx.coverage import FxOperations
-from qat_lightning.modes.fx.fused import hide_second_names, show_fused
+from qat_lightning.modes.fx.fused import FUSED, hide_second_names, show_fused
 from qat_lightning.modes.fx.inference import traced_with_inference
 from qat_lightning.modes.fx.layers import each_once, layer_rows, no_kernel
 from qat_lightning.modes.fx.left_float import float_nodes, layers_and_ops, put_float_layers, take_out_never_rounding
@@ -55,8 +55,10 @@ from qat_lightning.modes.fx.weights import (
     set_aside,
 )
 from qat_lightning.modes.graph_network import GraphNetwork
+from qat_lightning.modes.hooks import refuse_hooks
 from qat_lightning.modes.layer_schemes import give_layers_their_grids
 from qat_lightning.modes.left_float import follow_checkpoints, leave_weights_float, with_reasons
+from qat_lightning.modes.merged import note_merged
 from qat_lightning.modes.other_quantization import forget_qconfigs, refuse_other_quantization
 from qat_lightning.modes.precision import refuse_mixed
 from qat_lightning.modes.prepared import (
@@ -100,6 +102,7 @@ class FxMode:
         """See `Mode.prepare`."""
         refuse_other_quantization(network)
         refuse_mixed(network, example)
+        refuse_hooks(network, example, "fx")
         forget_qconfigs(network)
         keep_tapes()
         make_batchnorm_plain(network)  # of an earlier preparation
@@ -163,6 +166,7 @@ class FxMode:
         materialize_weights_of_functions(result, result.graph)
         follow_course(result)
         name_float_tensors_first(result)
+        note_merged(result, result.graph, float_network, FUSED)
         follow_checkpoints(result)
         follow_earlier_checkpoints(result)
         refuse_other_results(result, float_network, example, _why_other(float_network, mixed))

@@ -16,8 +16,10 @@ from qat_lightning.modes.captured_once import captured
 from qat_lightning.modes.checkpointing import refuse_checkpoints
 from qat_lightning.modes.coverage import float_run, layers_with_macs, report
 from qat_lightning.modes.decomposed.int8 import Int8Network
+from qat_lightning.modes.hooks import refuse_hooks
 from qat_lightning.modes.layer_schemes import give_layers_their_grids
 from qat_lightning.modes.left_float import follow_checkpoints, leave_weights_float, weighted_layers, with_reasons
+from qat_lightning.modes.merged import note_merged
 from qat_lightning.modes.other_quantization import refuse_other_quantization
 from qat_lightning.modes.precision import refuse_mixed, refuse_other_precision
 from qat_lightning.modes.prepared import (
@@ -66,6 +68,7 @@ class Pt2eMode:
         refuse_other_quantization(network)
         refuse_other_precision(network)
         refuse_mixed(network, example)
+        refuse_hooks(network, example, "pt2e")
         _refuse_spectral_norm(network)
         refuse_checkpoints(network, example, "pt2e")
         keep_tapes()
@@ -92,6 +95,7 @@ class Pt2eMode:
             result._quantization.grids = {name: str(fq.grid) for name, fq in fake_quantizers(result)}
         follow_course(result)
         name_float_tensors_first(result)
+        note_merged(result, result.graph, float_network)
         follow_checkpoints(result)
         result.keep_extra_state_of(float_network)
         set_training_flags(result, flags)

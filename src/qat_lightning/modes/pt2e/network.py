@@ -10,7 +10,7 @@ from torch import fx, nn
 from qat_lightning.graph.inference_call import InferenceCall
 from qat_lightning.graph.signature import CallSpec
 from qat_lightning.layers.relu_rounding import with_relus_in_roundings
-from qat_lightning.modes.graph_network import GraphNetwork, GraphPart, compile_graph
+from qat_lightning.modes.graph_network import GraphNetwork, GraphPart, compile_graph, refuse_call
 from qat_lightning.numerics.derived import DerivedFakeQuantize
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 
@@ -70,8 +70,3 @@ class ExportedNetwork(GraphNetwork):
             return spec.unflatten(run(holder, *spec.flatten(args, kwargs)))
 
         return called
-
-
-def refuse_call(*args: Any, **kwargs: Any) -> Any:
-    """Replaces the ``forward`` of a module that was merged into the graph."""
-    return GraphPart().forward(*args, **kwargs)

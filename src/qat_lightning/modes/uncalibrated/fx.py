@@ -18,6 +18,7 @@ from qat_lightning.modes.coverage import float_run
 from qat_lightning.modes.fx.inference import traced_with_inference
 from qat_lightning.modes.fx.other_sizes import aside, example_like
 from qat_lightning.modes.graph_network import GraphNetwork
+from qat_lightning.modes.hooks import refuse_hooks
 from qat_lightning.modes.judging import Names
 from qat_lightning.modes.protocol import Converted, LayerCoverage
 from qat_lightning.modes.reassigned_buffers import refuse_reassigned_buffers
@@ -46,6 +47,8 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
         (graph_module, sizes), at_inference = traced_with_inference(
             original, example, lambda network, example: trace_evaluation(network, example, whole)
         )
+    called = {str(node.target) for node in graph_module.graph.find_nodes(op="call_module")}
+    refuse_hooks(original, example, "fx", called=called)
     refuse_reassigned_buffers(original, example, "fx", train=False, graph=graph_module)
     used = float_run(original, example).used
     coverage = [_in_graph(row, graph_module.graph, used) for row in cover(original, recipe, prefix)]

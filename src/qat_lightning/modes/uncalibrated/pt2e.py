@@ -34,6 +34,7 @@ from qat_lightning.layers.integer.weights import (
 )
 from qat_lightning.modes.decomposed.int8 import Int8Network
 from qat_lightning.modes.eager.layers import without_fast_paths
+from qat_lightning.modes.hooks import refuse_hooks
 from qat_lightning.modes.judging import Names, raise_if_faulty
 from qat_lightning.modes.protocol import Converted, LayerCoverage
 from qat_lightning.modes.pt2e.capture import capture, captured_inference
@@ -66,6 +67,7 @@ def quantize_pt2e(
     """See `qat_lightning.modes.uncalibrated.quantize`."""
     original = float_copy(network)
     expected = run_float(original, example)
+    refuse_hooks(original, example, "pt2e")
     without_fast_paths(original)
     coverage = cover(original, recipe, prefix)
     with plain_attention():

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from qat_lightning.errors import TraceError
 from qat_lightning.graph.example import Example
+from qat_lightning.modes.source_lines import line_at_fault
 from qat_lightning.numerics.recomputation import Checkpointed, no_checkpoints
+
+_Error = TypeVar("_Error", bound=Exception)
 
 
 def loses_checkpoints(network: nn.Module, mode: str, where: str) -> TraceError:
@@ -40,17 +45,28 @@ def refuse_checkpoints(network: nn.Module, example: Example, mode: str) -> None:
     Raises:
         TraceError: There is a checkpointed part.
     """
-    # Imported here, because tracing has the same check.
-    from qat_lightning.modes.source_lines import line_at_fault
+    error = raised_in_training(network, example, no_checkpoints(), Checkpointed)
+    if error is not None:
+        raise loses_checkpoints(network, mode, line_at_fault(error))
 
+
+def raised_in_training(
+    network: nn.Module, example: Example, watching: AbstractContextManager[None], kind: type[_Error]
+) -> _Error | None:
+    """Run a copy of a network in training mode, and return the error of one kind that this raises.
+
+    Args:
+        network: The float network.
+        example: One call.
+        watching: Raises the error.
+        kind: Its class.
+    """
     cuda = [parameter.device for parameter in network.parameters() if parameter.is_cuda][:1]
-    found = None
     args, kwargs = copy.deepcopy((example.args, example.kwargs))
     # Any other error here also occurs in the export, which reports the line.
-    with contextlib.suppress(Exception), torch.random.fork_rng(devices=cuda), torch.enable_grad(), no_checkpoints():
+    with contextlib.suppress(Exception), torch.random.fork_rng(devices=cuda), torch.enable_grad(), watching:
         try:
             copy.deepcopy(network).train()(*args, **kwargs)
-        except Checkpointed as error:
-            found = loses_checkpoints(network, mode, line_at_fault(error))
-    if found is not None:
-        raise found
+        except kind as error:
+            return error
+    return None

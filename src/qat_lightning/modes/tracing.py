@@ -50,6 +50,13 @@ from qat_lightning.modes.fx.train_and_eval import (
     parting,
     set_module,
 )
+from qat_lightning.modes.own_gradients import (
+    OwnGradient,
+    is_traced,
+    loses_gradient,
+    no_own_gradients,
+    stop_gradients,
+)
 from qat_lightning.modes.prepared import fake_quantizers
 from qat_lightning.modes.source_lines import line_at_fault
 from qat_lightning.numerics.recomputation import Checkpointed, no_checkpoints
@@ -84,7 +91,7 @@ TWO_AND_MORE = "two samples and more"
 
 
 def trace(
-    network: nn.Module, example: Example, leaves: list[str], *, by_example: bool = False
+    network: nn.Module, example: Example, leaves: list[str], *, learns: bool = True, by_example: bool = False
 ) -> tuple[fx.GraphModule, dict[str, Any], GivenSizes | None]:
     """Trace ``network`` as FX does, in training mode.
 
@@ -95,6 +102,7 @@ def trace(
         example: One call; parameters of ``forward`` that it omits are fixed to their defaults, and those that it gives
             as None to None.
         leaves: Names of submodules to call as a whole instead of tracing through them.
+        learns: Whether the graph is to be trained, and so needs the gradients of the network.
         by_example: Treat ops that leave the example unchanged as dropout, as earlier releases did.
 
     Returns:
@@ -108,7 +116,7 @@ def trace(
     frozen = plain_frozen(network)
     with noting_autocast() as mixed:
         (traced, evaluation, whole), plan = attempts(
-            network, lambda plan: _both_ways(network, example, [*leaves, *frozen], plan), example
+            network, lambda plan: _both_ways(network, example, [*leaves, *frozen], plan, learns=learns), example
         )
     graph_module, scopes = traced.graph_module, traced.scopes
     name_batchnorms(traced, evaluation, network, example)
@@ -119,6 +127,8 @@ def trace(
     mark_dropouts(traced, network, example, paths, by_example=by_example)
     one_module_a_call(graph_module)
     give_all_arguments(graph_module.graph)
+    if learns:
+        stop_gradients(graph_module, scopes, network, example)
     read_what_was_written(graph_module)
     graph_module.recompile()
     graph_module.meta[MIXED] = sorted(mixed)
@@ -128,7 +138,7 @@ def trace(
 
 
 def _both_ways(
-    network: nn.Module, example: Example, leaves: list[str], plan: Plan | None
+    network: nn.Module, example: Example, leaves: list[str], plan: Plan | None, *, learns: bool
 ) -> tuple[Traced, Traced, list[str]]:
     """Trace the paths of a network in training and in evaluation, with corresponding nodes.
 
@@ -139,7 +149,7 @@ def _both_ways(
     whole: list[str] = []
     while True:
         try:
-            training = _trace_once(network, example, [*leaves, *whole], plan, train=True)
+            training = _trace_once(network, example, [*leaves, *whole], plan, train=True, learns=learns)
             evaluation = _trace_once(network, example, [*leaves, *whole], plan, train=False)
         except CallAsWhole as found:
             whole += _alike(network, found.path)
@@ -307,13 +317,16 @@ def _close(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def _trace_once(network: nn.Module, example: Example, leaves: list[str], plan: Plan | None, *, train: bool) -> Traced:
+def _trace_once(
+    network: nn.Module, example: Example, leaves: list[str], plan: Plan | None, *, train: bool, learns: bool = False
+) -> Traced:
     signature = inspect.signature(network.forward)
     fixed = fixed_parameters(signature, example)
     with (
         flags_kept(network),
         counting(network) as counted,
         no_checkpoints() if train else contextlib.nullcontext(),
+        no_own_gradients(is_traced) if learns else contextlib.nullcontext(),
     ):
         network.train(train)
         try:
@@ -322,6 +335,8 @@ def _trace_once(network: nn.Module, example: Example, leaves: list[str], plan: P
             raise
         except Checkpointed as error:
             raise loses_checkpoints(network, "fx", line_at_fault(error)) from None
+        except OwnGradient as error:
+            raise loses_gradient(network, "fx", error) from None
         except Exception as error:
             raise _no_trace(network, error) from error
     if plan is None:
@@ -346,7 +361,7 @@ def _graph(
         try:
             first = tracer(buffers=True)
             return first, first.trace(network, concrete_args=fixed)
-        except (CallAsWhole, Checkpointed, DecidesByChance):
+        except (CallAsWhole, Checkpointed, DecidesByChance, OwnGradient):
             raise
         except Exception:  # noqa: BLE001 - an error that is not about a buffer is raised again by the second trace
             # A forward may read the values of a buffer, which are then constants.

@@ -120,8 +120,11 @@ class FxMode:
             if name
         }
         whole, by_example = outer_parts(network, selected), "identities" not in recipe.families
+        learns = recipe.kind == "qat"
         (graph_module, scopes, sizes), at_inference = traced_with_inference(
-            network, example, lambda network, example: trace(network, example, whole, by_example=by_example)
+            network,
+            example,
+            lambda network, example: trace(network, example, whole, learns=learns, by_example=by_example),
         )
         refuse_reassigned_buffers(float_network, example, "fx", graph=graph_module)
         two_and_more, mixed = (graph_module.meta.pop(key) for key in (TWO_AND_MORE, MIXED))

@@ -21,6 +21,7 @@ from torch.fx.proxy import Proxy
 
 from qat_lightning.graph.buffers import write_back
 from qat_lightning.layers.operators import WEIGHTED
+from qat_lightning.modes.own_gradients import STOPPED, OwnGradient
 from qat_lightning.modes.structured_tracer import StructuredTracer
 from qat_lightning.numerics.recomputation import Checkpointed
 
@@ -150,7 +151,13 @@ class NetworkTracer(StructuredTracer):
         return super().create_arg(self.as_constant(a))
 
     def as_constant(self, a: Any) -> Any:
-        """A tensor that a forward assigned to a buffer during the trace, turned into one that is not a buffer."""
+        """A tensor that a forward assigned to a buffer during the trace, turned into one that is not a buffer.
+
+        Raises:
+            OwnGradient: It was computed from parameters that the trace did not see, as ``self.parameters()``.
+        """
+        if isinstance(a, Tensor) and a.grad_fn is not None:
+            raise OwnGradient("a tensor computed from parameters that are not read as attributes")
         if not isinstance(a, Tensor) or isinstance(a, nn.Parameter) or id(a) in self._names:
             return a
         if id(a) not in self._replaced and any(a is buffer for buffer in self.root.buffers()):
@@ -192,6 +199,13 @@ class NetworkTracer(StructuredTracer):
                 break
             self.graph.erase_node(node)
         return False, None
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Create a node, marked if gradients are off."""
+        node = super().create_node(kind, target, *args, **kwargs)
+        if kind.startswith("call_") and not torch.is_grad_enabled():
+            node.meta[STOPPED] = True
+        return node
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace ``root``; see `torch.fx.Tracer.trace`.

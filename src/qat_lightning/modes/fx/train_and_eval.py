@@ -183,6 +183,7 @@ def replace_node(traced: Traced, node: fx.Node, path: str, args: tuple[Any, ...]
     graph = traced.graph_module.graph
     with graph.inserting_after(node):
         made = graph.call_module(path, args)
+    made.meta.update(node.meta)
     if node.name in traced.scopes:
         traced.scopes[made.name] = traced.scopes[node.name]
     node.replace_all_uses_with(made)

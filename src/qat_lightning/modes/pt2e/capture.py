@@ -235,7 +235,7 @@ def _ask_first_input(graph: fx.Graph) -> None:
 
 
 def _inline_no_grad(graph_module: fx.GraphModule) -> None:
-    """Inline the body of ``with torch.no_grad()``, so that it can be quantized, and detach its results."""
+    """Inline the body of ``with torch.no_grad()``, so that it can be quantized, with detached results and writes."""
     graph = graph_module.graph
     operator = torch.ops.higher_order.wrap_with_set_grad_enabled
     while regions := graph.find_nodes(op="call_function", target=operator):
@@ -249,7 +249,14 @@ def _inline_no_grad(graph_module: fx.GraphModule) -> None:
                 if node.op == "output":
                     results = [values[result] for result in node.args[0]]
                 elif node.op != "placeholder":
-                    values[node] = graph.node_copy(node, values.__getitem__)
+                    written = node.args[:1] if _mutates(node) and not enabled else ()
+                    given = {
+                        source: _detached(graph, values[source])
+                        if written and source not in written
+                        else values[source]
+                        for source in node.all_input_nodes
+                    }
+                    values[node] = graph.node_copy(node, given.__getitem__)
             if not enabled:
                 results = [_detached(graph, result) for result in results]
         for user in list(region.users):

@@ -21,6 +21,7 @@ from qat_lightning.modes.layer_schemes import give_layers_their_grids
 from qat_lightning.modes.left_float import follow_checkpoints, leave_weights_float, weighted_layers, with_reasons
 from qat_lightning.modes.merged import note_merged
 from qat_lightning.modes.other_quantization import refuse_other_quantization
+from qat_lightning.modes.own_gradients import refuse_own_gradients
 from qat_lightning.modes.precision import refuse_mixed, refuse_other_precision
 from qat_lightning.modes.prepared import (
     PreparedState,
@@ -71,6 +72,8 @@ class Pt2eMode:
         refuse_hooks(network, example, "pt2e")
         _refuse_spectral_norm(network)
         refuse_checkpoints(network, example, "pt2e")
+        if recipe.kind == "qat":
+            refuse_own_gradients(network, example, "pt2e")
         keep_tapes()
         float_network = copy_of_modules(network)
 

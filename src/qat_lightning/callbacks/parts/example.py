@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature as takes
 
 from qat_lightning.callbacks.parts.network import OWN_FORWARD, Slot, forward_replaced
@@ -34,11 +36,14 @@ class _Caught(Exception):
 
 def catch_examples(
     trainer: pl.Trainer, pl_module: pl.LightningModule, slots: list[Slot], stage: str
-) -> dict[str, Example]:
+) -> tuple[dict[str, Example], Any]:
     """Record the inputs with which the LightningModule's step calls each network on a real batch.
 
     ``example_input_array`` is tried first; otherwise one batch of the stage's data goes through its step, which stops
     as soon as all networks have been called. The LightningModule is restored; the caller has to restore random states.
+
+    Returns:
+        The examples by the names of the networks, and the batch that was read for them; None if there was none.
 
     Raises:
         NetworkError: The step failed before a network was called, or called none; the message says to give
@@ -49,10 +54,10 @@ def catch_examples(
     if array is not None:
         given = from_user(array)
         if len(slots) == 1 and slots[0].name == OWN_FORWARD:
-            return {OWN_FORWARD: given}
+            return {OWN_FORWARD: given}, None
         caught = _catch(slots, pl_module, lambda: pl_module.forward(*given.args, **given.kwargs), reasons)
         if len(caught) == len(slots):
-            return caught
+            return caught, None
     for name, (step, loader) in sorted(_STEP_OF_STAGE.items(), key=lambda item: item[0] != stage):
         if name != stage and not (stage == "fit" and name == "validate"):
             continue
@@ -66,12 +71,42 @@ def catch_examples(
             continue
         caught = _catch(slots, pl_module, lambda batch=batch, step=step: take_step(pl_module, step, batch), reasons)
         if len(caught) == len(slots):
-            return caught
+            return caught, batch
     raise NetworkError(
         f"No example of a call of {', '.join(repr(slot.name) for slot in slots)} could be found: {'; '.join(reasons)}. "
         "Give example_inputs=<a tensor, a tuple of the positional inputs, or a dict of the keyword inputs>, or set "
         "example_input_array on the LightningModule."
     )
+
+
+def try_test_step(pl_module: pl.LightningModule, slots: list[Slot], batch: Any) -> None:
+    """Warn before training if ``test_step`` calls prepared networks in a way in which they cannot be called.
+
+    The step ends when all networks have been called with a few samples. Its other errors are not reported, since the
+    batches of a test may have another form.
+
+    Args:
+        pl_module: The LightningModule with the prepared networks.
+        slots: The slots of the networks.
+        batch: A batch of the training data.
+    """
+    if not is_overridden("test_step", pl_module):
+        return
+    with ExitStack() as stack:
+        stack.enter_context(nothing_moves(pl_module))
+        pl_module.eval()
+        called: dict[str, Example] = {}
+        for slot in slots:
+            stack.enter_context(_forward_watched(slot, called, len(slots), runs_last=True))
+        try:
+            take_step(pl_module, "test_step", batch)
+        except NetworkError as error:
+            rank_zero_warn(
+                f"test_step fails with a batch of the training data: {error} If its batches have another form than "
+                "those of training_step, the test may succeed nevertheless."
+            )
+        except Exception:  # noqa: BLE001 - among them _Caught; see above
+            return
 
 
 def take_step(pl_module: pl.LightningModule, step: str, batch: Any, dataloader_idx: int = 0) -> Any:
@@ -103,15 +138,25 @@ def _catch(slots: list[Slot], pl_module: pl.LightningModule, run: Any, reasons: 
 
 
 @contextmanager
-def _forward_watched(slot: Slot, caught: dict[str, Example], wanted: int) -> Iterator[None]:
+def _forward_watched(slot: Slot, caught: dict[str, Example], wanted: int, *, runs_last: bool = False) -> Iterator[None]:
+    """Record the first call of a network, and interrupt the step when all networks are called.
+
+    Args:
+        slot: The slot of the network.
+        caught: Gets the call.
+        wanted: The number of networks.
+        runs_last: Whether the network that is called last runs before the interruption, on the recorded samples.
+    """
     owner: Any = slot.pl_module if slot.name == OWN_FORWARD else slot.get()
     plain = owner.forward
 
     def watch(*args: Any, **kwargs: Any) -> Any:
-        caught.setdefault(slot.name, _tidy(Example(args, kwargs)))
-        if len(caught) == wanted:
-            raise _Caught
-        return plain(*args, **kwargs)
+        call = caught.setdefault(slot.name, _tidy(Example(args, kwargs)))
+        if len(caught) < wanted:
+            return plain(*args, **kwargs)
+        if runs_last:
+            plain(*call.args, **call.kwargs)
+        raise _Caught
 
     with forward_replaced(owner, watch):
         yield

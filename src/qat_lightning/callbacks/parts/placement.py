@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from qat_lightning.callbacks.parts.checkpoint_io import save_whole_files
 from qat_lightning.callbacks.parts.checkpoints import guard_loading, holds_quantization
+from qat_lightning.callbacks.parts.example import try_test_step
 from qat_lightning.callbacks.parts.float_weights import FloatWeights
 from qat_lightning.callbacks.parts.learned import keep_from_ddp, learned_parameters
 from qat_lightning.callbacks.parts.network import Slot, find_networks
@@ -136,6 +137,9 @@ class Placement:
                 for name, slot in slots.items():
                     slot.install(prepared[name])
                 preparation.say_what_was_done(prepared)
+                if stage == "fit" and preparation.batch is not None:
+                    try_test_step(pl_module, list(slots.values()), preparation.batch)
+        preparation.batch = None
         if not (adopted and networks.prepared):
             self._floats.forget()
         networks.slots, networks.examples, networks.prepared = slots, examples, prepared

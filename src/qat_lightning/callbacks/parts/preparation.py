@@ -58,11 +58,13 @@ class Preparation:
 
     Attributes:
         given: The example inputs given by the user; None to record them from a batch.
+        batch: The batch from which examples were recorded, until the networks are prepared.
     """
 
     def __init__(self, networks: Networks, floats: FloatWeights | None = None) -> None:
         self.networks = networks
         self.given = networks.settings.example_inputs
+        self.batch: Any = None
         self._floats = floats
         self._remarks: list[str] = []  # of a rehearsal, during which warnings are silenced
 
@@ -84,7 +86,7 @@ class Preparation:
     ) -> dict[str, Example]:
         if self.given is not None:
             return examples_from_user(self.given, list(slots))
-        found = catch_examples(trainer, pl_module, list(slots.values()), stage)
+        found, self.batch = catch_examples(trainer, pl_module, list(slots.values()), stage)
         if self.networks.settings.smoothquant is not None and several_processes(trainer):
             # Recipes change weights according to observed activations, which must be equal in all processes.
             return in_first(lambda: found)

@@ -65,6 +65,20 @@ class LiteralTable(Table):
         return super().__rich_measure__(console, options.update(markup=False))
 
 
+class Without(logging.Filter):
+    """Leaves out the messages of a logger and of those below it.
+
+    Example:
+        >>> record = logging.makeLogRecord({"name": "lightning.pytorch"})
+        >>> Without("lightning").filter(record), Without("wandb").filter(record)
+        (False, True)
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to keep a message."""
+        return not super().filter(record)
+
+
 @contextmanager
 def errors_only(*names: str) -> Iterator[None]:
     """Within the block, loggers of these names report errors only.

@@ -119,6 +119,15 @@ def test_a_run_takes_bits_for_single_layers(tmp_path: Path) -> None:
     assert result["metrics"]["int8/size_mb"] == path.stat().st_size / 1e6
 
 
+@pytest.mark.slow
+def test_lightning_prints_each_message_once_and_the_log_has_it_too(tmp_path: Path) -> None:
+    done = train(tmp_path, "method=float", "logger=none", *FAST)
+    assert done.returncode == 0, done.stderr
+    ended = "`Trainer.fit` stopped"
+    assert (done.stdout + done.stderr).count(ended) == 1
+    assert (tmp_path / "out" / "train.log").read_text().count(ended) == 1
+
+
 @pytest.mark.nightly
 def test_a_run_with_the_csv_logger_keeps_metrics_and_configuration(tmp_path: Path) -> None:
     done = train(tmp_path, "method=float", "logger=csv", *FAST)

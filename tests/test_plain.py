@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat_lightning import Example, Recipe, calibrate, convert, export_quantized, prepare, quantize
-from qat_lightning.errors import ConversionError
+from qat_lightning import Example, Recipe, Scheme, calibrate, convert, export_quantized, prepare, quantize
+from qat_lightning.errors import ConfigurationError, ConversionError
 from qat_lightning.export.program import int8_network
 from qat_lightning.modes.eager.mode import EagerMode
 from qat_lightning.modes.prepared import prepared_state
@@ -123,3 +123,51 @@ def test_what_was_prepared_for_a_kind_without_calibration_is_what_becomes_intege
     assert {row.name: row.quantized for row in converted.coverage} == {"first": True, "head": True}
     assert converted.recipe.trained
     torch.testing.assert_close(converted(*call.args), prepared(*call.args), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("function", [prepare, quantize])
+@pytest.mark.parametrize(
+    ("swap", "says"),
+    [
+        (
+            lambda network, example, recipe: (network, example, "weight_only"),
+            "The recipe is 'weight_only': give a Recipe as",
+        ),
+        (
+            lambda network, example, recipe: (network, recipe, example),
+            "The recipe is a Tensor: give a Recipe as the third",
+        ),
+        (lambda network, example, recipe: (network, example, Scheme()), "The recipe is a Scheme"),
+        (
+            lambda network, example, recipe: (example, network, recipe),
+            "The network is a Tensor: give an nn.Module as the",
+        ),
+        (lambda network, example, recipe: (type(network), example, recipe), "The network is a type"),
+    ],
+)
+def test_swapped_arguments_are_named(function: Any, swap: Any, says: str) -> None:
+    arguments = nn.Linear(4, 2), torch.randn(4, 4), Recipe("eager", "x86", kind="dynamic")
+    with pytest.raises(ConfigurationError, match=says):
+        function(*swap(*arguments))
+
+
+def test_what_was_not_prepared_is_not_converted() -> None:
+    with pytest.raises(ConfigurationError, match="Linear was not prepared"):
+        convert(nn.Linear(4, 2), torch.randn(4, 4))
+
+
+def test_static_quantization_without_ranges_names_the_steps_that_give_them() -> None:
+    network, x, recipe = nn.Linear(4, 2), torch.randn(4, 4), Recipe("fx", "x86", kind="static")
+    with pytest.raises(
+        ConfigurationError, match=r"prepare\(.*calibrate\(prepared, batches\).*convert\(prepared, example\)"
+    ):
+        quantize(network, x, recipe)
+    prepared = prepare(network, x, recipe)
+    calibrate(prepared, [x])
+    assert all(row.quantized for row in convert(prepared, x).coverage)
+
+
+@pytest.mark.parametrize("network", ["old.int8", Path("old.int8")])
+def test_an_export_of_a_path_names_the_function_that_loads_it(network: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"'old\.int8' is neither an int8 network .*load_quantized\(path\)"):
+        export_quantized(network, tmp_path, ["torchscript"])

@@ -11,14 +11,23 @@ import torch
 from fsspec.implementations.memory import MemoryFile
 from torch import nn
 
-from qat_lightning import load_quantized
+from qat_lightning import QuantizedModelExport, load_quantized
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ArtifactError, ConfigurationError, MissingExtraError
 from qat_lightning.export.run import export_quantized, open_artifact
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.settings.recipe import Recipe
-from qat_lightning.storage import copied_here, is_file, is_folder, name_of, open_to_read, place, require_storage
+from qat_lightning.storage import (
+    copied_here,
+    is_file,
+    is_folder,
+    name_of,
+    open_to_read,
+    place,
+    require_folder,
+    require_storage,
+)
 from qat_lightning.whole_files import move_whole, write_whole
 from tests.support.exactness import SEVEN_BITS
 
@@ -187,3 +196,19 @@ def test_a_file_url_is_a_path_of_this_machine(tmp_path: Path) -> None:
     assert (tmp_path / "model.int8").is_file()
     assert torch.equal(load_quantized(f"file://{tmp_path}/model.int8")(*CALL.args), network(*CALL.args))
     assert name_of(place(f"file://{tmp_path}/model.int8")) == "model.int8"
+
+
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    require_folder(tmp_path / "new" / "folder")
+    assert not (tmp_path / "new").exists()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigurationError, match=f"because {tmp_path / 'file'} is a file"):
+            require_folder(path)
+        with pytest.raises(ConfigurationError, match="is a file"):
+            QuantizedModelExport(dirpath=str(path))
+        with pytest.raises(ConfigurationError, match="is a file"):
+            export_quantized(nn.Linear(2, 2), path, ["torchscript"])
+    for no_path in (3, ["x"]):
+        with pytest.raises(ConfigurationError, match="is not a path: give a str or a Path"):
+            QuantizedModelExport(dirpath=no_path)  # type: ignore[arg-type]

@@ -9,15 +9,17 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from qat_lightning.artifact.quantized import QuantizedNetwork
+from qat_lightning.errors import ConfigurationError
 from qat_lightning.export.conversion import int8_of
 from qat_lightning.graph.example import Example, example_of
 from qat_lightning.graph.lazy import refuse_lazy
 from qat_lightning.graph.training_flags import parts_keep_training
 from qat_lightning.modes.layer_schemes import check_overrides_of
 from qat_lightning.modes.left_float import leaving_float
-from qat_lightning.modes.prepared import prepared_state
+from qat_lightning.modes.prepared import is_prepared, prepared_state
 from qat_lightning.modes.registry import mode_for
 from qat_lightning.rehearsal.faults import quantize_what_can_be
+from qat_lightning.settings.kinds import DIRECT
 from qat_lightning.settings.recipe import Recipe
 
 Call: TypeAlias = Example | Tensor | Sequence[Any] | Mapping[str, Any]
@@ -55,6 +57,7 @@ def prepare(network: nn.Module, example: Call, recipe: Recipe) -> nn.Module:
         >>> convert(prepared, Example((x,)))(x).shape
         torch.Size([16, 4])
     """
+    _check_arguments(network, recipe)
     refuse_lazy(network)
     check_overrides_of({"": network}, recipe)
     with parts_keep_training(network) as keep:
@@ -72,9 +75,12 @@ def convert(prepared: nn.Module, example: Call) -> QuantizedNetwork:
         The int8 network on the CPU; its ``coverage`` lists what is int8, and why the rest is not.
 
     Raises:
+        ConfigurationError: The network is not prepared.
         ConversionError: No range was observed, or conversion fails even with all layers float.
         NetworkError: No layer can be int8.
     """
+    if not is_prepared(prepared):
+        raise ConfigurationError(f"{type(prepared).__name__} was not prepared: give what prepare(...) returned.")
     _warn_of_detour(prepared_state(prepared).recipe)
     return int8_of(prepared, example_of(example), "convert")
 
@@ -99,7 +105,14 @@ def quantize(network: nn.Module, example: Call, recipe: Recipe) -> QuantizedNetw
         >>> [row.quantized for row in quantize(network, call, Recipe("eager", "x86", kind="dynamic")).coverage]
         [True, True]
     """
+    _check_arguments(network, recipe)
     refuse_lazy(network)
+    if recipe.kind not in DIRECT:
+        raise ConfigurationError(
+            f"kind={recipe.kind!r} needs ranges of activations, and quantize takes only {', '.join(DIRECT)}: "
+            "prepared = prepare(network, example, recipe), calibrate(prepared, batches) or training, then "
+            "convert(prepared, example)."
+        )
     check_overrides_of({"": network}, recipe)
     _warn_of_detour(recipe)
     example = example_of(example)
@@ -107,6 +120,17 @@ def quantize(network: nn.Module, example: Call, recipe: Recipe) -> QuantizedNetw
     return QuantizedNetwork(
         conversion.converted, leaving_float(recipe, conversion.left_float, ""), example, source="the float network"
     )
+
+
+def _check_arguments(network: Any, recipe: Any) -> None:
+    """Check the types of arguments, which come in the order network, example, recipe."""
+    if not isinstance(network, nn.Module):
+        raise ConfigurationError(f"The network is a {type(network).__name__}: give an nn.Module as the first argument.")
+    if not isinstance(recipe, Recipe):
+        given = repr(recipe) if isinstance(recipe, str) else f"a {type(recipe).__name__}"
+        raise ConfigurationError(
+            f"The recipe is {given}: give a Recipe as the third argument, such as Recipe('fx', 'x86', kind='dynamic')."
+        )
 
 
 def _warn_of_detour(recipe: Recipe) -> None:

@@ -31,12 +31,14 @@ def place(path: str | os.PathLike[str]) -> Place:
         A `Path`, also for ``file://``; a URL is returned unchanged.
 
     Raises:
-        ConfigurationError: It is a `Path` that was made from a URL.
+        ConfigurationError: It is no path, or a `Path` that was made from a URL.
 
     Example:
         >>> place("runs/model.int8"), place("s3://bucket/model.int8")
         (PosixPath('runs/model.int8'), 's3://bucket/model.int8')
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigurationError(f"{path!r} is not a path: give a str or a Path.")
     text = os.fspath(path)
     if isinstance(path, str) and "://" in text:
         protocol, _, rest = text.partition("://")
@@ -72,6 +74,26 @@ def require_storage(path: str | os.PathLike[str]) -> None:
                 f"{where!r} is not possible: fsspec does not know the protocol {protocol!r}. It knows s3, gs, abfs "
                 "and others (fsspec.available_protocols())."
             ) from error
+
+
+def require_folder(path: str | os.PathLike[str]) -> None:
+    """Check that a folder exists or can be created; as `require_storage` for other storage.
+
+    Raises:
+        MissingExtraError: The package for its protocol is not installed; the message names it.
+        ConfigurationError: It is a file or below one, cannot be written, or has an unknown protocol.
+    """
+    require_storage(path)
+    where = place(path)
+    if not isinstance(where, Path):
+        return
+    existing = next(part for part in (where.absolute(), *where.absolute().parents) if part.exists())
+    if not existing.is_dir():
+        raise ConfigurationError(f"{where} cannot be a folder, because {existing} is a file: give another path.")
+    if not os.access(existing, os.W_OK):
+        raise ConfigurationError(
+            f"{where} cannot be written: there is no permission for {existing}. Give another path."
+        )
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:

@@ -491,3 +491,13 @@ def test_the_other_package_is_refused_in_one_line(make: Callable[[], Any]) -> No
         ConfigurationError, match=r"^This Trainer is pytorch_lightning's, .* `import lightning.pytorch as pl`\.$"
     ):
         fitting.fit(Other(), loader())
+
+
+def test_a_second_callback_that_quantizes_the_same_network_is_refused() -> None:
+    class Mine(QuantizationAwareTraining):
+        pass
+
+    run = trainer(qat("fx"), Mine(mode="fx"), max_epochs=1)
+    with pytest.raises(ConfigurationError, match="'net' already has fake-quantization from QuantizationAwareTraining"):
+        run.fit(Lit(), loader())
+    assert run.global_step == 0

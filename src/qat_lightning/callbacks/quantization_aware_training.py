@@ -86,7 +86,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             or a function that returns one), a class or a function, a mapping (``{"_target_":
             "package.module.Class", "bits": 8}``), or an instance, of which checkpoints store only the class.
         module: Dotted name of the network in the LightningModule, or a list of names, or ``"."`` for the
-            LightningModule's own ``forward``. None finds it if there is only one candidate.
+            LightningModule's own ``forward``. None finds it if there is only one candidate. A Trainer takes one
+            callback of this class: for several networks give it a list.
         example_inputs: A tensor, a tuple of positional inputs or a dict of keyword inputs of the network's ``forward``,
             with a batch dimension. By default ``example_input_array``, or taken from a real batch.
         scheme: Bits and granularity.

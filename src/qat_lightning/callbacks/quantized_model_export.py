@@ -32,7 +32,7 @@ from qat_lightning.measure.wandb_views import log_artifact
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.processes import any_process, several_processes
 from qat_lightning.settings.recipe import Recipe
-from qat_lightning.storage import Place, join, place, require_storage
+from qat_lightning.storage import Place, join, place, require_folder
 from qat_lightning.terminal import console
 
 
@@ -92,6 +92,8 @@ class QuantizedModelExport(Callback):
         check_number("min_sqnr_db", min_sqnr_db, least=0)
         if min_agreement > 1:
             raise ConfigurationError(f"min_agreement={min_agreement!r} is not possible: give a share from 0 to 1.")
+        if dirpath is not None:
+            require_folder(dirpath)
         self.dirpath = dirpath
         self.batches = batches
         self.dataloader = dataloader
@@ -112,7 +114,7 @@ class QuantizedModelExport(Callback):
             raise CombinationError(
                 "QuantizedModelExport needs an int8 network, and convert_on_fit_end=False makes none: leave one out."
             )
-        require_storage(self._folder(trainer))
+        require_folder(self._folder(trainer))
         if partner.mode != "auto":
             self._check(partner.settings.recipe)
 

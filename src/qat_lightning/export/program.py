@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from typing import Any
 
@@ -101,8 +102,9 @@ def int8_network(network: nn.Module, example: Example | None) -> QuantizedNetwor
     if isinstance(network, QuantizedNetwork):
         return network
     if not is_prepared(network):
+        what = repr(str(network)) if isinstance(network, str | os.PathLike) else type(network).__name__
         raise ConfigurationError(
-            f"{type(network).__name__} is neither an int8 network (a callback's `quantized`, or what "
+            f"{what} is neither an int8 network (a callback's `quantized`, or what "
             "qat_lightning.load_quantized(path) returns) nor one that was prepared for quantization."
         )
     if example is None:

@@ -33,7 +33,7 @@ from qat_lightning.modes.float_state import present_float
 from qat_lightning.modes.prepared import cpu_copy, is_prepared, prepared_state
 from qat_lightning.settings.engines import engine_here
 from qat_lightning.settings.recipe import Recipe
-from qat_lightning.storage import Place, copied_here, join, place, require_storage
+from qat_lightning.storage import Place, copied_here, join, place, require_folder
 from qat_lightning.whole_files import move_whole
 
 FIGURES = "export.json"
@@ -113,7 +113,7 @@ def export_quantized(
         raise ConfigurationError(f"min_sqnr_db={min_sqnr_db!r} is not possible: give 0 or more, in dB.")
     if data and len(data) != len(batches):
         raise ConfigurationError(f"data= has {len(data)} batches for {len(batches)} calls: give one for each call.")
-    require_storage(folder)
+    require_folder(folder)
     if is_prepared(network):
         check_formats(formats, prepared_state(network).recipe)  # before the expensive conversion
         reference = cpu_copy(network) if reference is None else reference

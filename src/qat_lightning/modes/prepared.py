@@ -124,7 +124,7 @@ def prepared_state(prepared: nn.Module) -> PreparedState:
 
 def is_prepared(network: nn.Module) -> bool:
     """Whether ``network`` is the result of a mode's ``prepare``."""
-    return isinstance(network._modules.get("_quantization"), PreparedState)
+    return isinstance(network, nn.Module) and isinstance(network._modules.get("_quantization"), PreparedState)
 
 
 def prepared_parts(prepared: nn.Module) -> dict[str, nn.Module]:

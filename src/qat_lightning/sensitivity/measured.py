@@ -356,6 +356,8 @@ def _example(batch: Any) -> Example:
 
 
 def _check_call(network: nn.Module, example: Example) -> None:
+    if not isinstance(network, nn.Module):
+        raise ConfigurationError(f"The network is a {type(network).__name__}: give an nn.Module.")
     try:
         inspect.signature(network.forward).bind(*example.args, **example.kwargs)
     except TypeError as error:

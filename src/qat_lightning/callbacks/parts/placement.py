@@ -27,7 +27,7 @@ from qat_lightning.callbacks.parts.sharding import (
     refuse_other_weights,
     shards,
 )
-from qat_lightning.callbacks.parts.together import averages_of, refuse_averages
+from qat_lightning.callbacks.parts.together import averages_of, refuse_averages, refuse_shared
 from qat_lightning.modes.captured_once import captured_once
 from qat_lightning.modes.prepared import is_prepared, prepared_state
 from qat_lightning.modes.sharded import is_sharded, keep_form
@@ -121,6 +121,7 @@ class Placement:
             prepared = {name: slot.get() for name, slot in slots.items()}
             adopted = all(is_prepared(network) for network in prepared.values())
             if adopted:
+                refuse_shared(trainer, prepared)
                 preparation.check_adopted(prepared)
             else:
                 self._floats.check(slots)

@@ -42,6 +42,22 @@ def refuse_strategy(trainer: Trainer) -> None:
     synchronize_in_place(trainer)
 
 
+def refuse_shared(trainer: Trainer, prepared: Mapping[str, nn.Module]) -> None:
+    """Raise if another callback of the Trainer has just inserted the fake-quantization of these networks.
+
+    Raises:
+        ConfigurationError: The message names the callback.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        theirs = [id(network) for network in getattr(callback, "prepared_networks", {}).values()]
+        for name, network in prepared.items():
+            if id(network) in theirs:
+                raise ConfigurationError(
+                    f"{name!r} already has fake-quantization from {type(callback).__name__}: use only one of the two "
+                    "callbacks."
+                )
+
+
 def _launched(trainer: Trainer) -> str:
     method = getattr(trainer.strategy.launcher, "_start_method", "spawn")
     return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qat_lightning import LoadsQuantizedCheckpoints, Scheme, float_state_dict
 from qat_lightning.errors import CheckpointMismatchError
 from qat_lightning.modes.prepared import prepared_state
-from qat_lightning.numerics.state_entries import from_entry
+from qat_lightning.numerics.state_entries import from_entry, to_tensor
 from tests.callbacks.lit import CLASSES, MODES, Lit, assert_same_state, loader, qat, state, trainer
 
 
@@ -152,6 +152,48 @@ def test_adam_of_a_float_run_goes_on(mode: str, tmp_path: Path) -> None:
     assert_same_state({key: module.state_dict()[key] for key in saved}, saved)
 
 
+class OptimizesNetwork(Lit):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.net.parameters(), lr=1e-3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_optimizer_of_before_finds_learned_scales_where_they_were(mode: str, tmp_path: Path) -> None:
+    """And so do those that follow; in a new run scales come last."""
+
+    def fit(epochs: int, start: str | None, end: str) -> tuple[OptimizesNetwork, dict[str, Tensor]]:
+        torch.manual_seed(0)
+        module = OptimizesNetwork()
+        run = trainer(qat(mode, scheme=Scheme(learned_step="lsq")), max_epochs=epochs)
+        run.fit(module, loader(), ckpt_path=start and str(tmp_path / start))
+        run.save_checkpoint(tmp_path / end)
+        return module, dict(module.net.named_parameters())
+
+    def order(parameters: Mapping[str, Tensor]) -> list[bool]:
+        return ["step" in name for name in parameters]
+
+    _, usual = fit(1, None, "first.ckpt")
+    assert order(usual) == sorted(order(usual))
+    checkpoint = torch.load(tmp_path / "first.ckpt", weights_only=True)
+    entry = "net._quantization._extra_state"
+    values = from_entry(checkpoint["state_dict"][entry])
+    del values["float_first"]
+    checkpoint["state_dict"][entry] = to_tensor(values)
+    traversed = [name for name, _ in nn.Module.named_parameters(fit(1, None, "same.ckpt")[0].net)]
+    optimizer = checkpoint["optimizer_states"][0]
+    moments = {name: optimizer["state"][number] for number, name in enumerate(usual)}
+    optimizer["state"] = {number: moments[name] for number, name in enumerate(traversed)}
+    torch.save(checkpoint, tmp_path / "before.ckpt")
+    ended = []
+    for starts in (("first.ckpt", "usual"), ("before.ckpt", "second.ckpt"), ("second.ckpt", "third.ckpt")):
+        epochs = 3 if starts[0] == "second.ckpt" else 2
+        module, parameters = fit(epochs, *starts)
+        ended.append(state(module))
+        assert list(parameters) == (list(usual) if starts[1] == "usual" else traversed)
+    compared = [{key: value for key, value in values.items() if "_extra_state" not in key} for values in ended]
+    assert_same_state(compared[0], compared[1])
+
+
 def as_before(path: Path) -> None:
     """Write a checkpoint like earlier releases of ``fx``: BatchNorm after the rest, the recipe as a dict."""
     checkpoint = torch.load(path, weights_only=True)
@@ -160,7 +202,7 @@ def as_before(path: Path) -> None:
     entry = "net._quantization._extra_state"
     order = [key for key in saved if key not in behind and key != entry] + behind
     values = from_entry(saved[entry])
-    del values["own_order"]
+    del values["own_order"], values["float_first"]
     checkpoint["state_dict"] = OrderedDict({key: saved[key] for key in order} | {entry: values})
     torch.save(checkpoint, path)
 

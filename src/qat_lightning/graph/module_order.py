@@ -80,11 +80,10 @@ def name_first(module: nn.Module, other: nn.Module) -> None:
             own[path].__dict__[method] = NamedFirst(own[path], method, names)
 
 
-def name_as_usual(module: nn.Module) -> None:
-    """Undo `name_first`."""
+def list_parameters_as_usual(module: nn.Module) -> None:
+    """Undo `name_first` for parameters."""
     for inner in module.modules():
-        for method in _NAMED:
-            inner.__dict__.pop(method, None)
+        inner.__dict__.pop("named_parameters", None)
 
 
 def _arrange(table: dict[str, Any], names: Iterable[str]) -> None:

@@ -34,6 +34,8 @@ class PreparedState(nn.Module):
             Not a child, so it is not saved. To run it, copy it and load `float_weights`.
         added_keys: Keys of the ``state_dict`` that the float network does not have.
         own_order: Whether the order of parameters differs from the float network's, as in a loaded checkpoint.
+        float_first: Whether ``parameters()`` lists those of the float network first; not after a checkpoint in which
+            learned scales follow their layers.
         left_float: Layers and ops that turned out to have no int8 form, with the reasons: see
             `qat_lightning.modes.left_float`.
         grids: The grid of each FakeQuantize in words, if a user's quantizer determined it; otherwise it follows from
@@ -62,6 +64,7 @@ class PreparedState(nn.Module):
         self.prefix = prefix
         self.added_keys: list[str] = []
         self.own_order = False
+        self.float_first = True
         self.left_float: dict[str, str] = {}
         self.grids: dict[str, str] = {}
         self.__dict__["mode"] = mode
@@ -82,6 +85,7 @@ class PreparedState(nn.Module):
             "added_keys": self.added_keys,
             "folded": folded,
             "own_order": self.own_order,
+            "float_first": self.float_first,
             "left_float": [list(pair) for pair in self.left_float.items()],
         }
         return to_tensor(self.recipe.to_dict() | values | ({"grids": self.grids} if self.grids else {}))

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from qat_lightning.callbacks.parts.checkpoint_io import read_checkpoint, read_float_state, read_sharded
 from qat_lightning.errors import CheckpointMismatchError, ConfigurationError
-from qat_lightning.graph.module_order import name_as_usual, order_by_keys
+from qat_lightning.graph.module_order import list_parameters_as_usual, order_by_keys
 from qat_lightning.graph.scopes import dotted
 from qat_lightning.modes.prepared import PreparedState, check_recipe, float_keys, prepared_state
 from qat_lightning.numerics.state_entries import from_entry, without_placeholders
@@ -218,16 +218,19 @@ def _refuse_other(
 def _take_order(network: nn.Module, saved: Mapping[str, Any], prefix: str) -> None:
     """Reorder a network's parameters as in the checkpoint, if that order is not the float network's.
 
-    The restored optimizer pairs states with parameters by order. Early checkpoints of mode ``fx`` have another order.
+    The restored optimizer pairs states with parameters by order. Early checkpoints of mode ``fx`` have another order,
+    and in early ones of every mode learned scales follow their layers.
     """
     state, entry = prepared_state(network), saved[prefix + STATE_KEY]
-    if isinstance(entry, Mapping) or from_entry(entry).get("own_order", False) or state.own_order:
+    values = from_entry(entry)
+    if not values.get("float_first", False):
+        state.float_first = False
+        list_parameters_as_usual(network)
+    if isinstance(entry, Mapping) or values.get("own_order", False) or state.own_order:
         order_by_keys(network, saved, prefix)
         usual = [name for name, _ in state.float_network.named_parameters()]
         now = [name for name, _ in network.named_parameters()]
         state.own_order = usual != [name for name in now if name in set(usual)]
-        if state.own_order:
-            name_as_usual(network)
 
 
 def _complete(state_dict: dict[str, Any], network: nn.Module, prefix: str) -> None:

@@ -57,7 +57,7 @@ def test_auto_takes_the_mode_in_which_hooks_see_what_they_see_in_float() -> None
 
 class LateHook(Lit):
     def on_fit_start(self) -> None:
-        self.net.get_submodule("features.0").register_forward_hook(lambda *call: None)
+        self.net.features[0].register_forward_hook(lambda *call: None)
 
 
 @pytest.mark.parametrize("mode", ["fx", "pt2e"])

@@ -126,11 +126,12 @@ def test_layers_that_a_graph_calls_keep_their_hooks_with_kinds_without_calibrati
 
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("mode", GRAPHS)
-@pytest.mark.parametrize("place", ["block", "block.0"])
+@pytest.mark.parametrize("place", ["block", "block.0", "block.2"])
 def test_a_hook_on_a_merged_module_is_refused_at_the_next_call(place: str, mode: str, copied: bool) -> None:
     prepared = prepare(Net(), CALL, Recipe(mode, "x86"))
     prepared = copy.deepcopy(prepared) if copied else prepared
-    handle = prepared.get_submodule(place).register_forward_hook(look)
+    module = prepared.block if place == "block" else prepared.block[int(place[-1])]
+    handle = module.register_forward_hook(look)
     with pytest.raises(NetworkError, match=f"A hook was registered on {place!r}"):
         prepared(IMAGES)
     handle.remove()

@@ -160,11 +160,13 @@ def _encode_parts(network: nn.Module, writing: Writing) -> dict[str, Any]:
     writing.needs_network[""] = type(network).__name__
     forms = list(map(list, known["forms"].items()))
     plan = {"class": type(network).__name__, "parts": parts, "forms": forms}
+    plan["attributes"] = encode(known["attributes"])
     return plan | _encode_state(state, buffers, writing)
 
 
 def _decode_parts(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.Module:
     from qat_lightning.modes.parts.int8 import forms_of, with_parts
+    from qat_lightning.modes.plain_attributes import take_attributes
 
     kind = str(data["class"])
     network = _given(reading, kind, "parts", " around the parts")
@@ -174,7 +176,12 @@ def _decode_parts(data: dict[str, Any], recipe: Recipe, reading: Reading) -> nn.
         inside = Reading(reading.tensors, network.get_submodule(str(name)), reading.trusted)
         parts[str(name)] = _decode_fx(graph, recipe, inside)
     rest = {str(key): decode(value, reading.tensors.decode) for key, value in data["state"]}
-    network = with_parts(network, parts, rest)
+    attributes = decode(data["attributes"]) if "attributes" in data else {}
+    try:
+        take_attributes(network, attributes)
+    except CheckpointMismatchError as error:
+        raise ArtifactError(str(error)) from error
+    network = with_parts(network, parts, rest, attributes)
     _load_buffers(network, data["buffers"], reading)
     return network
 

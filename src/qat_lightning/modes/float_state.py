@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from qat_lightning.layers.adapters import has_adapters
-from qat_lightning.modes.prepared import float_keys, prepared_state
+from qat_lightning.modes.plain_attributes import set_attributes
+from qat_lightning.modes.prepared import changed_attributes, float_keys, prepared_state
 
 
 def float_weights(prepared: nn.Module, leave_out: set[str] | None = None) -> dict[str, Any]:
@@ -32,8 +33,9 @@ def frozen_beside_adapters(prepared: nn.Module) -> set[str]:
 
 
 def present_float(prepared: nn.Module) -> nn.Module:
-    """The float network with the current weights of a prepared network: on the CPU, in float32 and in evaluation."""
+    """The float network as a prepared one is now, with its weights: on the CPU, in float32 and in evaluation."""
     network: nn.Module = copy.deepcopy(prepared_state(prepared).float_network).cpu().float()
+    set_attributes(network, changed_attributes(prepared))
     network.load_state_dict(float_weights(prepared))
     return network.eval()
 

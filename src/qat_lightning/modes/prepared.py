@@ -14,6 +14,7 @@ from qat_lightning.errors import CheckpointMismatchError, ConversionError
 from qat_lightning.graph.module_order import name_first
 from qat_lightning.layers.qat_modules import FreezableBatchNorm
 from qat_lightning.layers.rounded import RoundedLayer
+from qat_lightning.modes.plain_attributes import Attributes, attributes_like, differing
 from qat_lightning.modes.protocol import Mode
 from qat_lightning.numerics.course import Course
 from qat_lightning.numerics.dynamic_fake_quantize import DynamicFakeQuantize
@@ -44,6 +45,7 @@ class PreparedState(nn.Module):
         reworking: The changes made to the float network before preparation, which can be applied to other weights; None
             if there were none.
         course: Whether the network trains, and where its forward passes begin.
+        attributes: Plain attributes of the network as it was prepared, which training may change.
         form: For a network that is sharded over processes, its structure without values: see
             `qat_lightning.modes.sharded`.
     """
@@ -54,6 +56,7 @@ class PreparedState(nn.Module):
     float_network: nn.Module
     plan: Any
     reworking: Any
+    attributes: Attributes
     form: nn.Module | None
 
     def __init__(
@@ -71,6 +74,7 @@ class PreparedState(nn.Module):
         self.__dict__["float_network"] = float_network
         self.__dict__["plan"] = plan
         self.__dict__["reworking"] = None
+        self.__dict__["attributes"] = {}
         self.__dict__["form"] = None
         self.course = Course()
 
@@ -221,6 +225,18 @@ def _added_entries_last(prepared: nn.Module, entries: Any, prefix: str, *args: A
     known = {prefix + key for key in float_keys(prepared)}
     for key in [key for key in entries if key.startswith(prefix) and key not in known]:
         entries[key] = entries.pop(key)
+
+
+def remember_attributes(prepared: nn.Module) -> None:
+    """Record the plain attributes of a network whose own ``forward`` runs, when it is prepared."""
+    state = prepared_state(prepared)
+    state.__dict__["attributes"] = attributes_like(prepared, state.float_network)
+
+
+def changed_attributes(prepared: nn.Module) -> Attributes:
+    """The plain attributes that have other values than when the network was prepared."""
+    state = prepared_state(prepared)
+    return differing(state.attributes, attributes_like(prepared, state.float_network))
 
 
 def in_training_step(prepared: nn.Module, begins: bool) -> None:

@@ -12,7 +12,8 @@ from qat_lightning.callbacks.parts.float_weights import FloatWeights
 from qat_lightning.callbacks.parts.networks import Networks
 from qat_lightning.modes.float_state import present_float
 from qat_lightning.modes.left_float import leaving_float
-from qat_lightning.modes.prepared import cpu_copy, prepared_state
+from qat_lightning.modes.plain_attributes import set_attributes
+from qat_lightning.modes.prepared import changed_attributes, copy_of_modules, cpu_copy, prepared_state
 from qat_lightning.modes.sharded import blank_copy, is_sharded
 from qat_lightning.rehearsal.faults import Conversion, convert_what_can_be, quantize_what_can_be
 from qat_lightning.settings.recipe import Recipe
@@ -135,6 +136,9 @@ class TrainedVariants:
         """See `VariantSource`."""
         prepared = self.networks.prepared[name]
         network = prepared_state(prepared).float_network
+        if changed := changed_attributes(prepared):
+            network = copy_of_modules(network)
+            set_attributes(network, changed)
         return blank_copy(network) if is_sharded(prepared) else network
 
     def make_int8(self, name: str) -> tuple[Conversion, Recipe]:

@@ -43,9 +43,11 @@ from qat_lightning.modes.eager.tables import fill_tables, find_tables, make_inte
 from qat_lightning.modes.layer_schemes import give_layers_their_grids
 from qat_lightning.modes.left_float import follow_checkpoints, leave_weights_float, with_reasons
 from qat_lightning.modes.other_quantization import refuse_other_quantization
+from qat_lightning.modes.plain_attributes import set_attributes, take_attributes
 from qat_lightning.modes.precision import refuse_mixed
 from qat_lightning.modes.prepared import (
     PreparedState,
+    changed_attributes,
     copy_of_modules,
     cpu_copy,
     follow_course,
@@ -54,6 +56,7 @@ from qat_lightning.modes.prepared import (
     name_float_tensors_first,
     prepared_state,
     refuse_simulated,
+    remember_attributes,
     set_phase,
 )
 from qat_lightning.modes.protocol import EXCLUDED, Converted, LayerCoverage
@@ -128,6 +131,7 @@ class EagerMode:
         materialize_weights(network)
         follow_course(network)
         name_float_tensors_first(network)
+        remember_attributes(network)
         take_forwards_as_a_whole(network, observation)
         follow_checkpoints(network)
         _check_same(network, example, observation.result)
@@ -149,7 +153,10 @@ class EagerMode:
                 f"No range was ever observed in {type(state.float_network).__name__}: train at least one step on "
                 "finite values before converting."
             )
-        network = self.skeleton(copy.deepcopy(state.float_network).float(), plan, state.recipe)
+        plan["attributes"] = changed_attributes(prepared)
+        network = copy.deepcopy(state.float_network).float()
+        set_attributes(network, plan["attributes"])
+        network = self.skeleton(network, plan, state.recipe)
         with packing_engine(target.engine):
             for layer in int8_layers(network).values():
                 fill(layer, heads[layer.chain.name])
@@ -194,6 +201,7 @@ class EagerMode:
         Raises:
             CheckpointMismatchError: The network does not have these layers.
         """
+        take_attributes(network, plan.get("attributes", {}))
         without_fast_paths(network)
         inside = [values["name"] for values in plan["chains"]]
         opened = attentions(network, lambda name: any(chain.startswith(f"{name}." if name else "") for chain in inside))

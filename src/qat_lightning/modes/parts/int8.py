@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from qat_lightning.modes.parts.finding import replace_modules
+from qat_lightning.modes.plain_attributes import Attributes, set_attributes
+from qat_lightning.modes.prepared import changed_attributes
 
 
 @torch.no_grad()
@@ -22,21 +24,27 @@ def assemble(float_network: nn.Module, parts: Mapping[str, nn.Module], prepared:
         prepared: The network with fake-quant.
     """
     network = copy.deepcopy(float_network).float()
+    changed = changed_attributes(prepared)
+    set_attributes(network, changed)
     trained, buffers = prepared.state_dict(), dict(prepared.named_buffers())
     own, inside = set(network.state_dict()), _inside(network, parts)
     for name, buffer in network.named_buffers():
         if name not in own and name in buffers:
             buffer.data = buffers[name].detach().clone()
-    return with_parts(network, parts, {key: trained[key] for key in own if not key.startswith(inside)})
+    rest = {key: trained[key] for key in own if not key.startswith(inside)}
+    return with_parts(network, parts, rest, changed)
 
 
-def with_parts(network: nn.Module, parts: Mapping[str, nn.Module], rest: Mapping[str, Any]) -> nn.Module:
+def with_parts(
+    network: nn.Module, parts: Mapping[str, nn.Module], rest: Mapping[str, Any], attributes: Attributes
+) -> nn.Module:
     """Put int8 parts into a float network, under all of their names; everything else in it is set to evaluation.
 
     Args:
         network: The float network, changed in place.
         parts: The int8 parts, by their first names.
         rest: The ``state_dict`` of everything outside of the parts.
+        attributes: Plain attributes that training changed, which the network has already.
 
     Raises:
         RuntimeError: ``rest`` belongs to another network.
@@ -50,7 +58,7 @@ def with_parts(network: nn.Module, parts: Mapping[str, nn.Module], rest: Mapping
     replace_modules(network, {network.get_submodule(name): part for name, part in parts.items()})
     for parameter in network.parameters():
         parameter.requires_grad_(False)
-    network.__dict__["quantization_parts"] = {"names": list(parts), "forms": forms}
+    network.__dict__["quantization_parts"] = {"names": list(parts), "forms": forms, "attributes": attributes}
     return network.eval()
 
 

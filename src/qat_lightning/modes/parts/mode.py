@@ -40,6 +40,7 @@ from qat_lightning.modes.prepared import (
     prepared_parts,
     prepared_state,
     refuse_simulated,
+    remember_attributes,
 )
 from qat_lightning.modes.protocol import Converted, LayerCoverage
 from qat_lightning.modes.tracing import refuse_other_results
@@ -95,6 +96,7 @@ class PartsMode:
         make_batchnorm_freezable(network)
         plan = PartsPlan({name: calls[0] for name, calls in found.parts.items()}, found.refused)
         network._quantization = PreparedState(self, recipe, float_network, prefix=prefix, plan=plan)
+        remember_attributes(network)
         follow_course(network)  # last, because the parts had a course each
         name_float_tensors_first(network)
         for name, part in prepared.items():

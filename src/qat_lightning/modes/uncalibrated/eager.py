@@ -16,6 +16,7 @@ from qat_lightning.layers.integer import IntegerLayer, integer_layer, why_not
 from qat_lightning.layers.operators import WEIGHTED
 from qat_lightning.modes.eager.layers import without_fast_paths
 from qat_lightning.modes.judging import Names
+from qat_lightning.modes.plain_attributes import take_attributes
 from qat_lightning.modes.protocol import EXCLUDED, Converted, LayerCoverage
 from qat_lightning.modes.uncalibrated.adapters import whole, why_beside
 from qat_lightning.modes.uncalibrated.checking import (
@@ -67,7 +68,10 @@ def skeleton(network: nn.Module, plan: Mapping[str, Any], recipe: Recipe, shares
     Raises:
         CheckpointMismatchError: The network does not have these layers.
     """
-    network, _ = inner_of(whole(float_copy(network), recipe))
+    network = float_copy(network)
+    attributes = plan.get("attributes", {})
+    take_attributes(network, attributes)
+    network, _ = inner_of(whole(network, recipe))
     without_fast_paths(network)
     modules = dict(network.named_modules(remove_duplicate=False))
     made: dict[nn.Module, IntegerLayer] = {}
@@ -86,7 +90,8 @@ def skeleton(network: nn.Module, plan: Mapping[str, Any], recipe: Recipe, shares
             parent, _, leaf = name.rpartition(".")
             modules[parent]._modules[leaf] = made[module]
     network = made.get(network, network)
-    network.__dict__["quantization_plan"] = {"layers": [list(row) for row in plan["layers"]], "prefix": prefix}
+    layers = [list(row) for row in plan["layers"]]
+    network.__dict__["quantization_plan"] = {"layers": layers, "prefix": prefix, "attributes": attributes}
     return network
 
 

@@ -27,12 +27,14 @@ from qat_lightning.modes.other_quantization import refuse_other_quantization
 from qat_lightning.modes.precision import refuse_mixed
 from qat_lightning.modes.prepared import (
     PreparedState,
+    changed_attributes,
     copy_of_modules,
     follow_course,
     is_prepared,
     materialize_weights,
     name_float_tensors_first,
     prepared_state,
+    remember_attributes,
 )
 from qat_lightning.modes.protocol import Converted, LayerCoverage
 from qat_lightning.modes.uncalibrated.adapters import refuse_adapters, stored_name, trained_layer, whole
@@ -84,6 +86,7 @@ class DirectMode:
         name_float_tensors_first(network)
         follow_checkpoints(network)
         materialize_weights(network)
+        remember_attributes(network)
         leave_float(network, read, None)
         return network
 
@@ -100,6 +103,9 @@ class DirectMode:
         names = Names(state.prefix, {name for name, _ in network.named_modules()})
         _refuse_other_layers(converted, rounded, recipe)
         self._compare(prepared, converted, example, names)
+        plan = vars(converted.network).get("quantization_plan")
+        if plan is not None:
+            plan["attributes"] = changed_attributes(prepared)
         converted.coverage = with_reasons(converted.coverage, state.left_float)
         return converted
 

@@ -1,0 +1,180 @@
+"""Plain attributes that change in training: where `forward` runs they are followed, and graphs refuse them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from qat_lightning import QuantizationAwareTraining, load_quantized
+from qat_lightning.errors import ArtifactError
+from qat_lightning.numerics.sqnr import sqnr_db
+
+IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(16) % 4
+
+pytestmark = pytest.mark.usefixtures("without_compiler")
+
+
+class Gate(nn.Module):
+    """A branch that fades in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.share = nn.Conv2d(8, 8, 3, padding=1), 0.0
+        self.seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        return x + self.share * F.relu(self.conv(x))
+
+
+class Fading(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.gate, self.head = nn.Conv2d(3, 8, 3), Gate(), nn.Linear(8, 4)
+        self.scales: dict[str, Any] = {"head": (1.0, 1.0)}
+        self.epoch = 0
+
+    def fade(self, epoch: int) -> None:
+        self.gate.share, self.scales, self.epoch = float(epoch), {"head": (1.0 + epoch, 1.0)}, epoch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.gate(F.relu(self.stem(x))).mean((2, 3))) * self.scales["head"][0]
+
+
+class Rooted(nn.Module):
+    """The attribute is the network's own, with a method that sets it."""
+
+    def __init__(self, alpha: Any = 0.0, *, buffer: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.more, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+        self.epoch = 0
+        if buffer:
+            self.register_buffer("alpha", torch.tensor(alpha))
+        else:
+            self.alpha = alpha
+
+    def fade(self, epoch: int) -> None:
+        self.epoch = epoch
+        if isinstance(self.alpha, Tensor):
+            self.alpha.fill_(float(epoch))
+        else:
+            self.alpha = float(epoch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return self.head((x + self.alpha * F.relu(self.more(x))).mean((2, 3)))
+
+
+class Learner(LightningModule):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net: Any = net
+
+    def on_train_epoch_start(self) -> None:
+        self.net.fade(self.current_epoch + 1)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def _fit(module: LightningModule, **settings: Any) -> QuantizationAwareTraining:
+    qat = QuantizationAwareTraining(**settings)
+    trainer = Trainer(
+        max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[qat]
+    )
+    trainer.fit(module, DataLoader(TensorDataset(IMAGES, LABELS), batch_size=8))
+    return qat
+
+
+SETTINGS = [
+    {"mode": "eager"},
+    {"mode": "eager", "kind": "weight_only"},
+    {"mode": "fx", "kind": "weight_only"},
+    {"mode": "eager", "kind": "dynamic"},
+    {"mode": "fx", "kind": "dynamic"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(settings.values()))
+def test_the_int8_network_and_its_file_have_the_attributes_that_training_ended_with(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    module = Learner(Fading())
+    qat = _fit(module, **settings)
+    assert module.net.gate.share == 2.0
+    with torch.no_grad():
+        trained = module.net.eval()(IMAGES)
+    assert sqnr_db(trained, qat.quantized(IMAGES)) > 40
+    qat.save(tmp_path / "model.int8")
+    again = load_quantized(tmp_path / "model.int8", network=Fading())
+    assert torch.equal(again(IMAGES), qat.quantized(IMAGES))
+    again.save(tmp_path / "again.int8")
+    assert torch.equal(load_quantized(tmp_path / "again.int8", network=Fading())(IMAGES), again(IMAGES))
+
+
+class Parts(nn.Module):
+    """A loop whose length depends on values, around a part that can be captured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+        self.head, self.factor = nn.Linear(8, 4), 1.0
+
+    def fade(self, epoch: int) -> None:
+        self.factor = 1.0 + epoch
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x).mean((2, 3))
+        if float(y.detach().sum()) > 1e9:
+            y = y / 2
+        return self.head(y * self.factor)
+
+
+def test_the_code_around_parts_follows_an_attribute_also_in_a_file(tmp_path: Path) -> None:
+    module = Learner(Parts())
+    qat = _fit(module, mode="parts")
+    with torch.no_grad():
+        assert sqnr_db(module.net.eval()(IMAGES), qat.quantized(IMAGES)) > 30
+    qat.save(tmp_path / "model.int8")
+    again = load_quantized(tmp_path / "model.int8", network=Parts())
+    assert torch.equal(again(IMAGES), qat.quantized(IMAGES))
+
+
+class Named(Rooted):
+    """The attribute is a string, which chooses what runs."""
+
+    def __init__(self, act: str = "relu") -> None:
+        super().__init__(1.0)
+        self.act = act
+
+    def fade(self, epoch: int) -> None:
+        self.act = "silu"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(getattr(F, self.act)(x))
+
+
+def test_a_file_sets_no_string_and_asks_for_a_network_that_has_it(tmp_path: Path) -> None:
+    module = Learner(Named())
+    qat = _fit(module, mode="eager")
+    with torch.no_grad():
+        assert sqnr_db(module.net.eval()(IMAGES), qat.quantized(IMAGES)) > 30
+    qat.save(tmp_path / "model.int8")
+    with pytest.raises(ArtifactError, match=r"Training changed 'act' .* to 'silu'"):
+        load_quantized(tmp_path / "model.int8", network=Named())
+    again = load_quantized(tmp_path / "model.int8", network=Named("silu"))
+    assert torch.equal(again(IMAGES), qat.quantized(IMAGES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from qat_lightning import QuantizationAwareTraining, load_quantized
-from qat_lightning.errors import ArtifactError
+from qat_lightning.errors import ArtifactError, NetworkError
+from qat_lightning.graph.example import Example
+from qat_lightning.modes.prepared import cpu_copy
+from qat_lightning.modes.registry import get_mode
 from qat_lightning.numerics.sqnr import sqnr_db
+from qat_lightning.settings.recipe import Recipe
 
 IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(16) % 4
@@ -75,6 +80,21 @@ class Rooted(nn.Module):
         return self.head((x + self.alpha * F.relu(self.more(x))).mean((2, 3)))
 
 
+class Counting(Rooted):
+    """What forward does not read, or counts itself, may change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def fade(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
 class Learner(LightningModule):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -90,6 +110,28 @@ class Learner(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
+class OwnForward(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head, self.alpha = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.stem(x)).mean((2, 3)) * self.alpha)
+
+    on_train_epoch_start = Learner.on_train_epoch_start
+    configure_optimizers = Learner.configure_optimizers
+
+    @property
+    def net(self) -> Any:
+        return self
+
+    def fade(self, epoch: int) -> None:
+        self.alpha = 1.0 + epoch
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
 def _fit(module: LightningModule, **settings: Any) -> QuantizationAwareTraining:
     qat = QuantizationAwareTraining(**settings)
     trainer = Trainer(
@@ -97,6 +139,10 @@ def _fit(module: LightningModule, **settings: Any) -> QuantizationAwareTraining:
     )
     trainer.fit(module, DataLoader(TensorDataset(IMAGES, LABELS), batch_size=8))
     return qat
+
+
+def _prepared(network: nn.Module, mode: str) -> Any:
+    return get_mode(mode).prepare(network, Example((IMAGES,)), Recipe(mode, "x86"))
 
 
 SETTINGS = [
@@ -178,3 +224,73 @@ def test_a_file_sets_no_string_and_asks_for_a_network_that_has_it(tmp_path: Path
         load_quantized(tmp_path / "model.int8", network=Named())
     again = load_quantized(tmp_path / "model.int8", network=Named("silu"))
     assert torch.equal(again(IMAGES), qat.quantized(IMAGES))
+
+
+@pytest.mark.parametrize("mode", ["fx", "pt2e", "auto"])
+def test_a_graph_refuses_an_attribute_that_training_changes(mode: str) -> None:
+    with pytest.raises(NetworkError, match=r"'alpha' that forward reads is the constant 0\.0\. It is now 1\.0"):
+        _fit(Learner(Rooted()), mode=mode)
+
+
+def test_a_graph_refuses_an_attribute_of_the_lightning_module_whose_own_forward_it_is() -> None:
+    with pytest.raises(NetworkError, match=r"'alpha' that forward reads is the constant 1\.0\. It is now 2\.0"):
+        _fit(OwnForward(), mode="fx")
+
+
+@pytest.mark.parametrize("mode", ["fx", "pt2e"])
+def test_a_buffer_that_is_changed_in_place_is_followed(mode: str) -> None:
+    module = Learner(Rooted(buffer=True))
+    qat = _fit(module, mode=mode)
+    assert not torch.equal(module.net.more.weight, Rooted().more.weight)
+    with torch.no_grad():
+        assert sqnr_db(module.net.eval()(IMAGES), qat.quantized(IMAGES)) > 30
+
+
+@pytest.mark.parametrize("mode", ["fx", "pt2e"])
+def test_what_forward_does_not_read_or_changes_itself_may_change(mode: str) -> None:
+    qat = _fit(Learner(Counting()), mode=mode)
+    assert qat.quantized is not None
+
+
+@pytest.mark.parametrize("mode", ["fx", "pt2e"])
+@pytest.mark.parametrize("holds", ["network", "submodule", "the network before", "its submodule"])
+def test_a_change_is_seen_wherever_code_writes_it(holds: str, mode: str) -> None:
+    network = Fading()
+    gate, given = network.gate, copy.deepcopy(IMAGES)
+    prepared = _prepared(network, mode)
+    before = prepared(given)
+    writes = {
+        "network": lambda: setattr(prepared, "scales", {"head": (2.0, 1.0)}),
+        "submodule": lambda: setattr(prepared.gate, "share", 1.0),
+        "the network before": lambda: network.scales.update(head=(2.0, 1.0)),
+        "its submodule": lambda: setattr(gate, "share", 1.0),
+    }
+    writes[holds]()
+    with pytest.raises(NetworkError, match="that forward reads is the constant"):
+        prepared(given)
+    undo = {"network": lambda: delattr(prepared, "scales"), "submodule": lambda: delattr(prepared.gate, "share")}
+    undo.get(holds, lambda: (network.scales.update(head=(1.0, 1.0)), setattr(gate, "share", 0.0)))()
+    assert prepared(given).shape == before.shape
+
+
+def test_a_borrowed_container_that_is_changed_is_seen() -> None:
+    prepared = _prepared(Fading(), "fx")
+    prepared.scales["head"] = (3.0, 1.0)
+    with pytest.raises(NetworkError, match=r"'scales' that forward reads"):
+        prepared(IMAGES)
+
+
+def test_a_module_that_a_graph_calls_as_a_whole_follows_its_attributes() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout(0.1), nn.Conv2d(8, 8, 3))
+    prepared = _prepared(network, "fx")
+    prepared.get_submodule("1").p = 0.9
+    prepared.train()(IMAGES)
+
+
+@pytest.mark.parametrize("mode", ["fx", "pt2e"])
+def test_conversion_does_not_ask_code_that_changed_the_network_before(mode: str) -> None:
+    network = Rooted()
+    prepared = _prepared(network, mode)
+    prepared.train()(IMAGES).sum().backward()
+    network.alpha = 1.0
+    assert get_mode(mode).convert(cpu_copy(prepared), Example((IMAGES,))).checks

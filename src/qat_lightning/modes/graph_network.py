@@ -25,6 +25,7 @@ from qat_lightning.graph.portable_graph import hold_graphs, release_graphs
 from qat_lightning.graph.training_flags import overrides_train, set_training_flags, training_flags
 from qat_lightning.layers.relu_rounding import with_relus_in_roundings
 from qat_lightning.modes.prepared import PreparedState
+from qat_lightning.modes.read_attributes import ReadAttributes
 from qat_lightning.modes.structured_tracer import makes_container
 
 
@@ -108,6 +109,8 @@ class GraphNetwork(KeepsExtraState):
     _quantization: PreparedState
     sizes: GivenSizes | None = None
     """The inputs that the graph supports; None if it supports all sizes."""
+    attributes: ReadAttributes | None = None
+    """The attributes that the graph has as constants; None in an int8 network."""
     inference_call: InferenceCall | None = None
     """The call without the inputs of the loss; None if there are none."""
     _merged: Mapping[str, nn.Module] = MappingProxyType({})
@@ -152,12 +155,13 @@ class GraphNetwork(KeepsExtraState):
 
         Raises:
             NetworkError: The graph does not support inputs of this size, and no graph can be made for them; or it was
-                traced with other inputs than it is called with.
+                traced with other inputs than it is called with, or other values of attributes.
         """
         run = self.__dict__["_run"]
         if torch.compiler.is_compiling():  # compiled steps are only used for inputs that fit
             return run(self, *args, **kwargs)
         self._refuse_hooks()
+        self._refuse_changed_attributes()
         inputs: GraphInputs = self.__dict__["_graph_inputs"]
         if inputs.others(args, kwargs):
             raise NetworkError(self._other_inputs(args, kwargs))
@@ -209,7 +213,8 @@ class GraphNetwork(KeepsExtraState):
         return run
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the graph itself runs for a call, and not one of another form."""
+        """Whether the graph itself runs for a call, and not one of another form; see `forward` for errors."""
+        self._refuse_changed_attributes()
         inputs: GraphInputs = self.__dict__["_graph_inputs"]
         if inputs.others(args, kwargs):
             return False
@@ -217,6 +222,15 @@ class GraphNetwork(KeepsExtraState):
         if self.inference_call is not None and self.inference_call.is_made_by(args, kwargs):
             return False
         return self.sizes is None or not self.sizes.others(args, kwargs)
+
+    def watch_attributes(self, attributes: ReadAttributes) -> None:
+        """Refuse calls from now on if one of these attributes has changed."""
+        attributes.watch(self, self._quantization.float_network)
+        self.__dict__["attributes"] = attributes
+
+    def _refuse_changed_attributes(self) -> None:
+        if self.attributes is not None:
+            self.attributes.refuse_changes(self, self._quantization.float_network)
 
     def give_sizes(self, sizes: GivenSizes | None, other_sizes: OtherSizes | None) -> None:
         """Set the supported input sizes, and the function that makes graphs for other sizes, if there is one."""

@@ -55,7 +55,7 @@ def no_own_gradients(follows: Callable[[Any], bool]) -> Iterator[None]:
         return hook(tensor, function)
 
     _SingleLevelFunction.apply = classmethod(refusing)  # type: ignore[attr-defined]
-    Tensor.register_hook = refusing_hook  # type: ignore[assignment]
+    Tensor.register_hook = refusing_hook  # type: ignore[method-assign]
     try:
         with torch.enable_grad():
             yield

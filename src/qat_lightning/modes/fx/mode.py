@@ -54,7 +54,7 @@ from qat_lightning.modes.fx.weights import (
     round_weights_of_functions,
     set_aside,
 )
-from qat_lightning.modes.graph_network import GraphNetwork
+from qat_lightning.modes.graph_network import GraphNetwork, GraphPart
 from qat_lightning.modes.hooks import refuse_hooks
 from qat_lightning.modes.layer_schemes import give_layers_their_grids
 from qat_lightning.modes.left_float import follow_checkpoints, leave_weights_float, with_reasons
@@ -72,6 +72,7 @@ from qat_lightning.modes.prepared import (
     weights_unrounded,
 )
 from qat_lightning.modes.protocol import Converted, LayerCoverage
+from qat_lightning.modes.read_attributes import ReadAttributes, attributes_read
 from qat_lightning.modes.reassigned_buffers import refuse_reassigned_buffers
 from qat_lightning.modes.tracing import (
     MIXED,
@@ -114,6 +115,7 @@ class FxMode:
     def _prepare(
         self, network: nn.Module, float_network: nn.Module, example: Example, recipe: Recipe, prefix: str
     ) -> GraphNetwork:
+        reads = attributes_read(network, example)
         selected = {
             name: recipe.selects(join(prefix, name)) and not no_kernel(module, recipe)
             for name, module in network.named_modules()
@@ -164,6 +166,8 @@ class FxMode:
         restore_children(result, hidden.originals, parameters, float_network)
         make_batchnorm_freezable(result)
         result._quantization = PreparedState(self, recipe, float_network, prefix=prefix, plan=plan)
+        live = [name for name, module in result.named_modules() if name and not isinstance(module, GraphPart)]
+        result.watch_attributes(ReadAttributes(reads, live))
         give_layers_their_grids(result)
         materialize_weights(result)
         materialize_weights_of_functions(result, result.graph)

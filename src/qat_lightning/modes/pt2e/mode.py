@@ -12,6 +12,7 @@ from qat_lightning.errors import TraceError
 from qat_lightning.graph.example import Example, in_float32
 from qat_lightning.graph.signature import CallSpec
 from qat_lightning.graph.training_flags import set_training_flags, training_flags
+from qat_lightning.layers.batchnorm import is_batchnorm
 from qat_lightning.modes.captured_once import captured
 from qat_lightning.modes.checkpointing import refuse_checkpoints
 from qat_lightning.modes.coverage import float_run, layers_with_macs, report
@@ -41,6 +42,7 @@ from qat_lightning.modes.pt2e.convert import decompose, visit_weights
 from qat_lightning.modes.pt2e.coverage import pt2e_operations
 from qat_lightning.modes.pt2e.network import ExportedNetwork
 from qat_lightning.modes.pt2e.training import Plan, adopt, training_graph, weight_quantizers
+from qat_lightning.modes.read_attributes import ReadAttributes, attributes_read
 from qat_lightning.modes.reassigned_buffers import refuse_reassigned_buffers
 from qat_lightning.modes.tracing import refuse_other_results
 from qat_lightning.modes.upstream_memory import nothing_remembered
@@ -76,6 +78,7 @@ class Pt2eMode:
             refuse_own_gradients(network, example, "pt2e")
         keep_tapes()
         float_network = copy_of_modules(network)
+        reads = attributes_read(network, example)
 
         def captured_with(call: Example) -> tuple[fx.GraphModule, CallSpec]:
             by_numbers = "convolutions" in recipe.families
@@ -92,6 +95,8 @@ class Pt2eMode:
         result = ExportedNetwork(root, training_graph(root, plan), spec)
         result.inference_call = at_inference
         result._quantization = PreparedState(self, recipe, float_network, prefix=prefix, plan=plan)
+        live = [name for name, module in result.named_modules() if is_batchnorm(module)]
+        result.watch_attributes(ReadAttributes(reads, live))
         give_layers_their_grids(result)
         visit_weights(fx.GraphModule(result, copy.deepcopy(plan.graph)), FakeQuantize.materialize)
         if recipe.quantizer is not None:

@@ -81,18 +81,22 @@ class Rooted(nn.Module):
 
 
 class Counting(Rooted):
-    """What forward does not read, or counts itself, may change."""
+    """What forward does not read, or counts, notes or collects itself, may change."""
+
+    size: tuple[int, ...] | None = None
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = 0
+        self.calls, self.size, self.seen = 0, None, [0]
 
     def fade(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.epoch, self.size, self.seen = epoch, None, [0]
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        return super().forward(x)
+        self.size = tuple(x.shape[2:])
+        self.seen.append(len(self.seen))
+        return super().forward(x.flatten(2).unflatten(2, self.size))
 
 
 class Learner(LightningModule):

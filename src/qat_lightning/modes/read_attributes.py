@@ -39,7 +39,7 @@ class Read:
 
 
 def attributes_read(network: nn.Module, example: Example) -> list[Read]:
-    """The plain attributes that a network reads in training and in evaluation.
+    """The plain attributes that a network reads in training and in evaluation, and does not change itself.
 
     Args:
         network: The float network; it stays as it is.
@@ -48,27 +48,36 @@ def attributes_read(network: nn.Module, example: Example) -> list[Read]:
     copied = copy_of_modules(network)
     originals = dict(network.named_modules(remove_duplicate=False))
     paths = {id(module): path for path, module in copied.named_modules()}
-    found: dict[tuple[int, str], Read] = {}
+    found: dict[tuple[int, str], tuple[nn.Module, Read]] = {}
+    written: set[tuple[int, str]] = set()
 
     def note(module: nn.Module, name: str, value: Any) -> None:
         path = paths.get(id(module))
         owner = module if path is None else originals[path]
-        key = id(owner), name
-        if key not in found:
-            found[key] = Read(path, name, copy.deepcopy(value), weakref.ref(owner))
+        if (id(module), name) not in found:
+            found[id(module), name] = module, Read(path, name, copy.deepcopy(value), weakref.ref(owner))
 
     state = random.getstate()
     for training in (True, False):
+        copied.train(training)
         # What does not run in training, as a BatchNorm on a single value, is not traced either.
         with contextlib.suppress(Exception):
-            run_apart(copied, example, _noting(copied, note, training))
+            run_apart(copied, example, _noting(note, lambda module, name: written.add((id(module), name))))
         random.setstate(state)
-    return list(found.values())
+    # What forward itself assigns, or changes in place, is its own memory, and no setting of the network.
+    return [
+        read
+        for key, (module, read) in found.items()
+        if key not in written and bool(vars(module).get(read.name) == read.value)
+    ]
 
 
 @contextmanager
-def _noting(network: nn.Module, note: Callable[[nn.Module, str, Any], None], training: bool) -> Iterator[None]:
-    """A call of a network that notes the plain attributes of modules that it reads, in ``training`` or not."""
+def _noting(
+    note: Callable[[nn.Module, str, Any], None], note_written: Callable[[nn.Module, str], object]
+) -> Iterator[None]:
+    """Within the block, note the plain attributes of modules that are read, and all that are assigned."""
+    assign = nn.Module.__setattr__
 
     def noting(module: nn.Module, name: str) -> Any:
         value = object.__getattribute__(module, name)
@@ -76,12 +85,17 @@ def _noting(network: nn.Module, note: Callable[[nn.Module, str, Any], None], tra
             note(module, name, value)
         return value
 
-    network.train(training)
+    def assigning(module: nn.Module, name: str, value: Any) -> None:
+        note_written(module, name)
+        assign(module, name, value)
+
     nn.Module.__getattribute__ = noting  # type: ignore[method-assign, assignment]
+    nn.Module.__setattr__ = assigning  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
         del nn.Module.__getattribute__
+        nn.Module.__setattr__ = assign  # type: ignore[method-assign]
 
 
 class ReadAttributes:

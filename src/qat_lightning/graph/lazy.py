@@ -20,7 +20,7 @@ def is_lazy(module: nn.Module) -> bool:
         >>> is_lazy(nn.LazyLinear(4)), is_lazy(nn.Linear(4, 4)), is_lazy(nn.Sequential(nn.LazyLinear(4)))
         (True, False, False)
     """
-    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()  # type: ignore[no-untyped-call]
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
 
 
 @torch.no_grad()

@@ -70,8 +70,8 @@ class _State:
         elif isinstance(value, tuple):
             for element in value:
                 self._note(element)
-        elif isinstance(value, Tensor):
-            if not isinstance(value, nn.Parameter) and value.numel() <= _MOST_VALUES:
+        elif type(value) is Tensor:  # no parameter, and no fake tensor of a graph
+            if value.numel() <= _MOST_VALUES:
                 self._note_tensor(value)
         elif isinstance(value, np.ndarray) and value.flags.writeable and value.size <= _MOST_VALUES:
             self._values[id(value)] = value, value.copy()

@@ -428,6 +428,33 @@ def test_one_callback_serves_one_module_after_another(mode: str) -> None:
     assert_same_state(state(second), state(alone))
 
 
+class MonteCarlo(Lit):
+    """Measures in a test how far outputs with dropout are apart."""
+
+    def __init__(self) -> None:
+        super().__init__(Net(dropout=0.5))
+        self.spread: list[float] = []
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        for part in self.net.modules():
+            if isinstance(part, nn.Dropout):
+                part.train()
+        self.spread.append(float(torch.stack([self(batch[0]) for _ in range(4)]).var(0).mean()))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_dropout_in_a_test_is_that_of_fake_quant(mode: str) -> None:
+    """Int8 networks have none."""
+    module, callback = MonteCarlo(), qat(mode)
+    run = trainer(callback, max_epochs=1)
+    run.fit(module, loader())
+    for variant in ("int8", "fake_quant"):
+        callback.use_variant(variant)
+        module.spread.clear()
+        run.test(module, loader(), verbose=False)
+        assert (min(module.spread) > 0) == (variant == "fake_quant")
+
+
 class Ensemble(Lit):
     """Two networks whose scores are added."""
 

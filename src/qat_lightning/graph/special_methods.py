@@ -22,8 +22,9 @@ def take_special_methods(module: nn.Module, source: type, instead: Instead) -> N
     """
     names = (*_METHODS, *_OF_DICTS) if issubclass(source, (nn.ModuleDict, nn.ParameterDict)) else _METHODS
     methods = tuple(name for name in names if hasattr(source, name))
+    own: Any = type(module)
     if methods:
-        module.__class__ = _subclass(type(module), methods, instead)
+        module.__class__ = _subclass(own, methods, instead)
 
 
 @lru_cache
@@ -36,7 +37,7 @@ def _subclass(cls: type[nn.Module], methods: tuple[str, ...], instead: Instead) 
     return type(cls.__name__, (cls,), members)
 
 
-def _blank(cls: type[nn.Module], methods: tuple[str, ...], instead: Instead) -> nn.Module:
+def _blank(cls: Any, methods: tuple[str, ...], instead: Instead) -> nn.Module:
     made = _subclass(cls, methods, instead)
     return made.__new__(made)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,19 @@ def console() -> Console:
         return Console(markup=False)
     # Pass a height as well: without one, Rich uses 80 columns wherever TERM is "dumb".
     return Console(width=WIDTH, height=25, markup=False)
+
+
+def short_number(text: str) -> str:
+    """A number with many digits, as a search draws them, with six; other text as it is.
+
+    Example:
+        >>> short_number("0.018224988220277075"), short_number("0.3"), short_number("resnet20")
+        ('0.018225', '0.3', 'resnet20')
+    """
+    return f"{float(text):.6g}" if _LONG_NUMBER.fullmatch(text) else text
+
+
+_LONG_NUMBER = re.compile(r"-?\d*\.\d{7,}(e[+-]?\d+)?")
 
 
 class LiteralTable(Table):

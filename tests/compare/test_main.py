@@ -118,3 +118,8 @@ def test_runs_of_several_tasks_are_compared_one_task_at_a_time(
     found = json.loads(capsys.readouterr().out)
     assert found["winner"] == found["configurations"][0]["label"]
     assert [c["task"] for c in found["configurations"]] == [""]
+
+
+def test_a_glob_that_matches_nothing_is_said(trials: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(trials), "--ignore", "nonsense.*", "--ignore", "mode"]) == 0
+    assert capsys.readouterr().err == "--ignore 'nonsense.*' matches no setting of these runs.\n"

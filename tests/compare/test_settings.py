@@ -113,3 +113,12 @@ def test_a_number_is_one_setting_whether_a_logger_stored_it_whole_or_as_a_fracti
 def test_one_epoch_and_the_share_of_all_are_different_settings():
     runs = [Run(str(v), str(v), config={"quantization": {"freeze_observers": v}, "lr": v}) for v in (1, 1.0)]
     assert labelled(runs) == {"freeze_observers": ("1", "1.0")}
+
+
+def test_long_numbers_are_shown_in_short_unless_they_would_look_alike():
+    def column(*values):
+        return labelled([Run(str(value), str(value), config={"lr": value}) for value in values])["lr"]
+
+    assert column(0.018224988220277075, 0.1) == ("0.018225", "0.1")
+    assert column(0.018224988220277075, 0.018224988220277079) == ("0.018224988220277075", "0.01822498822027708")
+    assert column(1.2345678901e-05, 0.1) == ("1.23457e-05", "0.1")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from qat_lightning.sweep.folder import varying
 from qat_lightning.sweep.report import sweep_table
 from qat_lightning.sweep.result import TrialResult
 from tests.sweep.running import sweep
@@ -45,3 +46,9 @@ def test_a_trial_that_never_began_is_not_started_and_names_no_file(tmp_path: Pat
     assert why == ["E: it broke", f"no result: see {tmp_path / '1' / 'output.log'}", ""]
     assert "1 failed, 1 broken off, 1 not started" in str(table.title)
     assert "resume=true runs only what is missing" in str(table.caption)
+
+
+def test_trials_of_a_search_are_labelled_with_short_numbers_unless_they_would_look_alike() -> None:
+    assert varying([["lr=0.018224988220277075"], ["lr=0.5"]]) == ["lr=0.018225", "lr=0.5"]
+    alike = [["lr=0.018224988220277075"], ["lr=0.018224988220277078"]]
+    assert varying(alike) == [word for (word,) in alike]

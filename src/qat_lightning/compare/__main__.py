@@ -17,6 +17,7 @@ from qat_lightning.compare.find import find_runs
 from qat_lightning.compare.online import find_online
 from qat_lightning.compare.page import page
 from qat_lightning.compare.remeasure import remeasure
+from qat_lightning.compare.settings import unmatched
 from qat_lightning.compare.table import as_csv, as_json, markdown, rich_table
 from qat_lightning.compare.tasks import only
 from qat_lightning.errors import ConfigurationError
@@ -49,10 +50,12 @@ def _run(options: argparse.Namespace) -> int:
     runs = find_runs(options.paths) if options.paths else []
     runs += [run for address in options.wandb for run in find_online(address)]
     runs = only(runs, options.only)
+    for glob in unmatched(runs, options.ignore):
+        _say(f"--ignore {glob!r} matches no setting of these runs.")
     settings = {"metric": options.metric, "larger_is_better": _LARGER[options.goal], "ignore": options.ignore}
     comparison = compare(runs, **settings)
     if options.remeasure:
-        runs = remeasure(runs, lambda text: Console(stderr=True).print(Text(text), soft_wrap=True))
+        runs = remeasure(runs, _say)
         comparison = compare(runs, **settings)
     decision = decide(comparison, limits)
     writers: list[Callable[[], str]] = [
@@ -67,6 +70,10 @@ def _run(options: argparse.Namespace) -> int:
     if "-" not in targets:
         console().print(rich_table(comparison, decision))
     return NONE_QUALIFIES if options.fail_if_none and decision.winner is None else 0
+
+
+def _say(text: str) -> None:
+    Console(stderr=True).print(Text(text), soft_wrap=True)
 
 
 def _check(targets: Sequence[str | None]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from qat_lightning.compare.quantizing import NAME, part_of, renamed, under_one_name
 from qat_lightning.compare.run import Run
 from qat_lightning.run.float_run import OF_QUANTIZATION, OF_SEARCH, OF_THE_LAUNCH
+from qat_lightning.terminal import short_number
 
 ABSENT = "–"
 """Represents a setting that a run does not have."""
@@ -101,6 +102,18 @@ def _is_none(key: str, value: str) -> bool:
 def is_one_of(key: str, globs: Sequence[str]) -> bool:
     """Whether a setting, or a section that holds it, matches a glob: a section may be null in another run."""
     return any(fnmatchcase(key, glob) or fnmatchcase(key, f"{glob}.*") for glob in globs)
+
+
+def unmatched(runs: Sequence[Run], globs: Sequence[str]) -> list[str]:
+    """Return the globs that match no setting of any run.
+
+    Example:
+        >>> unmatched([Run("a", "a", config={"lr": 0.1, "trainer": {"max_epochs": 3}})], ["trainer.*", "nonsense.*"])
+        ['nonsense.*']
+    """
+    flat = [flatten(run.config) for run in runs]
+    keys = {key for settings in flat for key in (*settings, *under_one_name(settings))}
+    return [glob for glob in globs if not any(is_one_of(key, [glob]) for key in keys)]
 
 
 def training_of(run: Run, ignore: Sequence[str] = ()) -> str:
@@ -266,10 +279,10 @@ def _shown(values: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _in_short(value: str) -> str:
-    """Return a class by its last name; our two callbacks by the names of train.py's methods."""
+    """Return a class by its last name, our two callbacks by the names of train.py's methods, a number in six digits."""
     parts = value.split(".")
     last = parts[-1] if len(parts) > 1 and all(part.isidentifier() for part in parts) else value
-    return _CALLED.get(last, last)
+    return _CALLED.get(last, short_number(last))
 
 
 def _short(keys: Sequence[str]) -> dict[str, str]:

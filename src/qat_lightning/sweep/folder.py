@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.json_files import read_json
 from qat_lightning.sweep.result import FILE, IDENTITY, TrialResult, identity, written
+from qat_lightning.terminal import short_number
 
 
 @dataclass(frozen=True)
@@ -154,14 +155,21 @@ def check_folder(folder: Path, plan: Plan, *, resume: bool) -> None:
 
 
 def varying(trials: Sequence[Sequence[str]]) -> list[str]:
-    """A label for each trial: the overrides in which trials differ.
+    """A label for each trial: the overrides in which trials differ; long numbers in short, if that is unambiguous.
 
     Example:
-        >>> varying([["mode=fx", "seed=0"], ["mode=fx", "seed=1"]])
-        ['seed=0', 'seed=1']
+        >>> varying([["mode=fx", "lr=0.018224988220277075"], ["mode=fx", "lr=0.1"]])
+        ['lr=0.018225', 'lr=0.1']
     """
     common = set.intersection(*map(set, trials)) if len(trials) > 1 else set()
-    return [" ".join(word for word in trial if word not in common) for trial in trials]
+    full = [" ".join(word for word in trial if word not in common) for trial in trials]
+    short = [" ".join(_in_short(word) for word in trial if word not in common) for trial in trials]
+    return short if len({*short}) == len({*full}) else full
+
+
+def _in_short(word: str) -> str:
+    key, equals, value = word.partition("=")
+    return f"{key}{equals}{short_number(value)}"
 
 
 def sweep_folder(config: DictConfig) -> Path:

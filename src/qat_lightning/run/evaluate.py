@@ -145,7 +145,7 @@ def evaluate_variants(
         write_summary(trainer.loggers, summary, trainer.global_step)
         origin = getattr(source, "float_source", "") if "float" in networks else ""
         console().print(variants_table(summary, float_source=origin))
-        if rows:
+        if rows and isinstance(int8, QuantizedNetwork):
             console().print(coverage_table(rows, title="What is int8", weight_bits=_weight_bits(int8)))
     return summary
 

@@ -171,6 +171,43 @@ def test_a_function_whose_argument_depends_on_the_mode() -> None:
     carried_through(Attention(), torch.randn(2, 5, 8))
 
 
+class NormWithDropout(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(super().forward(x), 0.5, self.training)
+
+
+class NormWithFlag(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return torch.add(y, y, alpha=0.5 if self.training else 1.0)
+
+
+class CheckingNorm(nn.BatchNorm2d):
+    """As in timm: the message of the assertion names a value, whose name differs between the traces."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, f"expected 4D input (got {x.ndim}D input)")
+        return super().forward(x)
+
+
+class Normed(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), norm, nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            _ = x.shape[2] * 2  # one value more in evaluation, which nothing reads
+        y: Tensor = self.head(self.norm(self.conv(x)).mean((2, 3)))
+        return y
+
+
+@pytest.mark.parametrize("norm", [NormWithDropout, NormWithFlag, CheckingNorm])
+def test_a_batchnorm_that_calls_functions_with_a_flag_or_checks_its_input(norm: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    carried_through(Normed(norm(8)), IMAGES)
+
+
 class MultiHead(nn.Module):
     def __init__(self) -> None:
         super().__init__()

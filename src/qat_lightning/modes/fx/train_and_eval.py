@@ -30,6 +30,10 @@ BY_MODE = "_by_mode"
 """Prefix of the names of modules that replace functions which depend on the training flag."""
 
 
+_KEPT = (F.batch_norm, torch._assert)
+"""Functions that `flags_by_mode` does not change."""
+
+
 def parting(training: Traced, evaluation: Traced) -> tuple[fx.Node | None, fx.Node | None] | None:
     """The first nodes where two traces of a network differ; None if they do not differ."""
     ways = [list(way.graph_module.graph.nodes) for way in (training, evaluation)]
@@ -61,12 +65,14 @@ def owner_of_parting(
 def flags_by_mode(training: Traced, evaluation: Traced) -> None:
     """Let functions whose arguments differ in evaluation, such as ``training=self.training``, follow a flag.
 
-    ``F.batch_norm``, which has tensors along with its flag, is not changed. Nodes of the two graphs still correspond.
+    ``F.batch_norm``, which has tensors along with its flag, is not changed, nor is an assertion, whose message may name
+    values as one of the traces does. Nodes of the two graphs still correspond.
     """
     traced = training
+    norms = _norms(traced.graph_module.graph)
     pairs = zip(traced.graph_module.graph.nodes, evaluation.graph_module.graph.nodes, strict=True)
     for node, other in list(pairs):
-        if node.op not in ("call_function", "call_method") or node.target is F.batch_norm:
+        if node.op not in ("call_function", "call_method") or node.target in _KEPT:
             continue
         ways = [_with_places((each.args, each.kwargs)) for each in (node, other)]
         if _same(*ways):
@@ -74,9 +80,20 @@ def flags_by_mode(training: Traced, evaluation: Traced) -> None:
         dropout = _dropout(node, other)
         # In the module that calls it, which may be kept in evaluation while the network trains.
         scope, _ = traced.scopes.get(node.name, ("", None))
+        # A BatchNorm becomes a layer in which nothing else is called.
+        scope = next((norm.rpartition(".")[0] for norm in norms if f"{scope}.".startswith(f"{norm}.")), scope)
         path = unused_path(traced.graph_module, join(scope, BY_MODE if dropout is None else "_functional_dropout"))
         traced.graph_module.add_submodule(path, dropout or ByMode(node.target, *ways))
         replace_node(traced, node, path, tuple(_nodes((node.args, node.kwargs))))
+
+
+def _norms(graph: fx.Graph) -> list[str]:
+    """The paths of modules whose tensors ``F.batch_norm`` reads."""
+    read = [
+        source for node in graph.find_nodes(op="call_function", target=F.batch_norm) for source in node.all_input_nodes
+    ]
+    owners = (str(source.target).rpartition(".")[0] for source in read if source.op == "get_attr")
+    return sorted({owner for owner in owners if owner})
 
 
 def call_as_in_evaluation(network: GraphNetwork) -> None:

@@ -120,7 +120,7 @@ def test_what_was_prepared_for_a_kind_without_calibration_is_what_becomes_intege
     call = Example((torch.randn(8, 8),))
     prepared = prepare(WithFunction(), call, Recipe("fx", "x86", kind=kind, trained=trained))
     converted = convert(prepared, call)
-    assert {row.name: row.quantized for row in converted.coverage} == {"first": True, "head": True}
+    assert {row.name: row.quantized for row in converted.coverage} == {"first": True, "head": True, "": False}
     assert converted.recipe.trained
     torch.testing.assert_close(converted(*call.args), prepared(*call.args), atol=1e-4, rtol=0)
 

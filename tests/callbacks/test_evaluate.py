@@ -553,7 +553,10 @@ def test_a_conversion_that_fails_leaves_no_network_of_other_weights(
     assert not (tmp_path / "a.int8").exists()
 
 
-def test_the_table_of_what_is_int8_names_layers_as_settings_do(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_of_what_is_int8_names_layers_as_settings_do(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     overrides = {"net.head": {"weight_bits": 4}}
     module, callback = Lit(), qat("fx", scheme=Scheme(overrides=overrides))
     run = trainer(callback, max_epochs=1)

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import warnings
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,8 @@ def test_wandb_gets_what_is_int8_before_and_after(mode: str, tmp_path: Path) -> 
     )
     before, after = (json.loads(path.read_text())["data"] for path in (said, done))
     rows = [*callback.quantized.coverage, *callback.quantized.operations]
-    assert before == after == [list(astuple(row)) for row in rows]
+    logged = [replace(row, name=f"net.{row.name}") for row in rows]
+    assert before == after == [list(astuple(row)) for row in logged]
     assert callback.coverage == rows
     assert [row.reason for row in rows if row.name == "head"] == ["excluded"]
 

@@ -130,7 +130,9 @@ def test_torchscript_takes_recurrent_layers_and_attention_with_compressed_weight
 def test_recurrent_layers_of_kind_dynamic_are_refused_by_name(name: str, tmp_path: Path) -> None:
     if name in ("onnx", "openvino"):
         pytest.importorskip(name)
-    with pytest.raises(ExportError, match=r"'lstm' runs in aten::quantized_lstm, .* exclude=, or save"):
+    with pytest.raises(
+        ExportError, match=r"'lstm' is a DynamicRecurrent, in the kernel aten::quantized_lstm, .* exclude=, or save"
+    ):
         written(mixed("dynamic"), name, tmp_path)
 
 

@@ -140,7 +140,10 @@ def test_learned_steps_begin_on_the_grids_of_each_layer(mode: str, learned: Any)
     assert grids(prepared, "weight") == LARGEST
     made = convert(prepared, Example((X,)))
     with torch.no_grad():
-        torch.testing.assert_close(made(X), cpu_copy(prepared)(X), rtol=0, atol=1e-4 if onednn_is_exact() else 0.1)
+        difference = (made(X) - cpu_copy(prepared)(X)).abs()
+    assert difference.max() < 0.1
+    if onednn_is_exact():  # a value on the border of two steps may still be put on either
+        assert (difference > 1e-4).float().mean() < 0.02
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -136,7 +136,7 @@ def test_each_layer_has_the_bits_of_the_choice_and_the_other_fields_of_its_overr
 def test_a_layer_inside_of_another_has_its_own_bits() -> None:
     result = sensitivity(Nested(), data(), mode="fx", scheme=Scheme(weight_observer="min_max"))
     assert {"around", "around.fc"} <= {row.name for row in result.rows}
-    choice = bits_within(result, [4, 8], BitLimits(max_size_mb=0.0069))
+    choice = bits_within(result, [4, 8], BitLimits(max_size_mb=0.0066))
     assert choice.bits["around"] != choice.bits["around.fc"]
     after = replace(result.recipe.scheme, overrides=choice.overrides)
     assert {name: after.of(name).weight_bits for name in choice.bits} == choice.bits

@@ -37,8 +37,8 @@ def plain_integer_layer(module: IntegerLayer, name: str) -> nn.Module:
 def not_exportable(layer: IntegerLayer, name: str) -> ExportError:
     """The error for a layer whose kernel no file can hold."""
     return ExportError(
-        f"{name!r} runs in {layer.op}, which cannot be exported: keep it float with exclude=, or save the network with "
-        "save(path)."
+        f"{name!r} is a {type(layer).__name__}, in the kernel {layer.op}, which cannot be exported: keep it float with "
+        "exclude=, or save the network with save(path)."
     )
 
 

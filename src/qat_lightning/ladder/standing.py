@@ -28,13 +28,14 @@ class StandingIn(Guests, Callback):
 
     Attributes:
         variants: ``"float"``, and ``"int8"`` if there is a network.
+        slots: The place of the float network, by its name.
         chosen_variant: The variant to run; None for int8 if there is one.
         fidelity: After a test of int8, how close it is to float.
         float_source: Where the float weights come from, in words.
     """
 
     def __init__(self, slot: Slot, network: nn.Module | None, example: Example | None) -> None:
-        self.slot = slot
+        self.slot, self.slots = slot, {slot.name: slot}
         self.variants: tuple[str, ...] = ("float",) if network is None else ("float", "int8")
         self.chosen_variant: str | None = None
         self.fidelity: dict[str, float] = {}

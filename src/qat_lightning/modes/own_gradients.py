@@ -45,7 +45,8 @@ def no_own_gradients(follows: Callable[[Any], bool]) -> Iterator[None]:
     hook: Any = Tensor.register_hook
 
     def refusing(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and any(map(follows, tree_leaves((args, kwargs)))):
+        own = not cls.__module__.startswith("torch.")  # such as torch.cond, whose gradient a graph has
+        if own and torch.is_grad_enabled() and any(map(follows, tree_leaves((args, kwargs)))):
             raise OwnGradient(f"{cls.__name__}.apply")
         return super(_SingleLevelFunction, cls).apply(*args, **kwargs)
 

@@ -56,12 +56,16 @@ class NamedFirst:
     def __init__(self, module: nn.Module, method: Named, names: Collection[str]) -> None:
         self.module, self.method, self.names = module, method, frozenset(names)
 
+    @property
+    def __func__(self) -> Any:
+        """The function behind the usual method, which `torch.compile` compares."""
+        return getattr(type(self.module), self.method)
+
     def __call__(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
         """See `torch.nn.Module.named_parameters`."""
-        usual = getattr(type(self.module), self.method)
-        pairs = usual(self.module, prefix=prefix, recurse=recurse, remove_duplicate=remove_duplicate)
+        pairs = self.__func__(self.module, prefix=prefix, recurse=recurse, remove_duplicate=remove_duplicate)
         start = f"{prefix}." if prefix else ""
         return iter(sorted(pairs, key=lambda pair: pair[0].removeprefix(start) not in self.names))
 

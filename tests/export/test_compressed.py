@@ -130,9 +130,7 @@ def test_torchscript_takes_recurrent_layers_and_attention_with_compressed_weight
 def test_recurrent_layers_of_kind_dynamic_are_refused_by_name(name: str, tmp_path: Path) -> None:
     if name in ("onnx", "openvino"):
         pytest.importorskip(name)
-    with pytest.raises(
-        ExportError, match=r"'lstm' is a DynamicRecurrent, .* aten::quantized_lstm, .* exclude="
-    ):
+    with pytest.raises(ExportError, match=r"'lstm' is a DynamicRecurrent, .* aten::quantized_lstm, .* exclude="):
         written(mixed("dynamic"), name, tmp_path)
 
 

@@ -45,8 +45,9 @@ ONE_OF_EACH = [
     *(("fx", "x86", name) for name in ("torchscript", "onnx", "openvino")),
     *(("pt2e", "xnnpack", name) for name in ("executorch", "tflite")),
 ]
-LEAST = {"openvino": 0.985}
-"""Share of equal top-1 where it is less than 99.5 %: OpenVINO computes in bfloat16 what is left float."""
+LEAST = {"openvino": 0.985, "executorch": 0.99}
+"""Share of equal top-1 where it is less than 99.5 %: OpenVINO computes in bfloat16 what is left float, and for ExecuTorch it was
+99.3 % on one of two CPUs."""
 
 
 @pytest.fixture(scope="module")

@@ -72,4 +72,5 @@ def test_files_look_up_what_the_int8_network_does(mode: str, name: str, needs: s
         if padding is not None:
             ids[0], ids[1, 2] = padding, padding
         expected, (got,) = quantized(ids), run([ids])
-        assert (expected - got).abs().max() <= 0.02 * expected.abs().max()
+        # OpenVINO computes in bfloat16 on CPUs that have it, and values may end a step or two away.
+        assert (expected - got).abs().max() <= (0.06 if name == "openvino" else 0.02) * expected.abs().max()

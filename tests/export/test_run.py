@@ -46,8 +46,10 @@ ONE_OF_EACH = [
     *(("pt2e", "xnnpack", name) for name in ("executorch", "tflite")),
 ]
 LEAST = {"openvino": 0.985, "executorch": 0.99}
-"""Share of equal top-1 where it is less than 99.5 %: OpenVINO computes in bfloat16 what is left float, and for ExecuTorch it was
-99.3 % on one of two CPUs."""
+"""Share of equal top-1 where it is less than 99.5 %.
+
+OpenVINO computes in bfloat16 what is left float; ExecuTorch had 99.3 % on one of two CPUs.
+"""
 
 
 @pytest.fixture(scope="module")

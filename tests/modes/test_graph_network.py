@@ -124,9 +124,7 @@ class Scaled(nn.Module):
 def test_a_number_is_the_default_that_the_trace_has_or_is_refused(tmp_path: Path) -> None:
     for network in forms(Scaled(), Example((X,)), tmp_path):
         assert torch.equal(network(X, 1.0, False), network(X))
-        with pytest.raises(
-            NetworkError, match=r"called with x, scale=2\.0; the trace fixes"
-        ):
+        with pytest.raises(NetworkError, match=r"called with x, scale=2\.0; the trace fixes"):
             network(X, 2.0)
 
 

@@ -26,7 +26,7 @@ from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.artifact.tensors import TensorReader
 from qat_lightning.artifact.values import decode, no_tag
 from qat_lightning.checks import LayerCheck, WholeCheck
-from qat_lightning.errors import ArtifactError, ConfigurationError, QuantizationError
+from qat_lightning.errors import ArtifactError, ConfigurationError, QuantizationError, in_brief
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.lazy import refuse_lazy
 from qat_lightning.layers.kernels import choose_kernels
@@ -115,10 +115,9 @@ def _load(
     except QuantizationError:
         raise
     except _DAMAGE as error:
-        reason = str(error).strip().partition("\n")[0][:200]
         raise ArtifactError(
             f"{path} cannot be loaded: it is damaged, or was not written by qat-lightning "
-            f"({type(error).__name__}: {reason}). Save the network again."
+            f"({in_brief(error)}). Save the network again."
         ) from error
 
 

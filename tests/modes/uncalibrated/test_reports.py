@@ -18,9 +18,7 @@ from qat_lightning.settings.recipe import Recipe
 MODES = ["eager", "fx", "pt2e"]
 
 
-@pytest.fixture(autouse=True)
-def _no_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QAT_LIGHTNING_COMPILE", "0")
+pytestmark = pytest.mark.usefixtures("without_compiler")
 
 
 class Shared(nn.Module):

@@ -33,7 +33,7 @@ from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.export.plain_tensors import in_its_runtime
 from qat_lightning.graph.example import Example, check_example, examples_from_user, refuse_old_norms
 from qat_lightning.graph.hooks import share_hooks
-from qat_lightning.graph.lazy import materialize
+from qat_lightning.graph.lazy import is_lazy, materialize
 from qat_lightning.graph.scopes import join
 from qat_lightning.graph.training_flags import parts_keep_training
 from qat_lightning.modes.compiling import refuse_compile
@@ -76,9 +76,10 @@ class Preparation:
             refuse_old_norms(slot.get(), name)
             share_hooks(slot.get())
         found = self._examples(trainer, pl_module, slots, stage)
-        with nothing_moves(pl_module):
-            for name, slot in slots.items():
-                materialize(slot.get(), found[name])
+        if any(map(is_lazy, pl_module.modules())):
+            with nothing_moves(pl_module):
+                for name, slot in slots.items():
+                    materialize(slot.get(), found[name])
         return found
 
     def _examples(

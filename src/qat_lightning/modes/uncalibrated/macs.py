@@ -101,20 +101,17 @@ def _own_products(network: nn.Module, example: Example) -> list[LayerCoverage]:
     }
     if not any(custom.values()):
         return []
-    network_runs = _Products()
-    with network_runs:
+    products = _Products()
+    with products:
         run(network, example)
-    return [
-        LayerCoverage(
-            name,
-            type(network.get_submodule(name)).__name__,
-            False,
-            f"{type(network.get_submodule(name)).__name__} is a custom class, and multiplies by its own weight in a "
-            "function: a layer, such as nn.Linear, can be quantized",
-        )
-        for name, own in custom.items()
-        if network_runs.factors.intersection(own)
-    ]
+    kinds = {
+        name: type(network.get_submodule(name)).__name__ for name, own in custom.items() if products.factors & {*own}
+    }
+    why = (
+        "is a custom class, and multiplies by its own weight in a function: a layer, such as nn.Linear, can be "
+        "quantized"
+    )
+    return [LayerCoverage(name, kind, False, f"{kind} {why}") for name, kind in kinds.items()]
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Accuracy of int8 for each task of train.py, after PTQ and QAT: ``python -m benchmarks.tasks [--tasks …]``.
 
 For each task and seed one float run of ``train.py``; from it static PTQ and QAT, with per-channel and per-tensor
-weights, in the mode that ``auto`` chooses; and, as a control, more float training, as long as QAT. A row has the
-model's own test metric, the file size, the speedup over float in process in PyTorch with one sample, and the speedup of
+weights, in the mode that ``auto`` chooses; and, as controls, more float training, as long as QAT, and PTQ after it. A
+row has the model's own test metric, the file size, the speedup over float in process in PyTorch with one sample, and the speedup of
 the fastest file of ``--formats``.
 
 Tasks on your own data need ``--data TASK=PATH``; without ``--tasks`` all tasks with data are run. Finished runs are
@@ -84,6 +84,8 @@ METHODS = {
     "float, trained on": ("method=finetune",),
     "ptq, per channel": ("method=ptq",),
     "ptq, per tensor": ("method=ptq", "scheme=per_tensor"),
+    "trained on, then ptq, per channel": ("method=ptq", "method.post_training=false"),
+    "trained on, then ptq, per tensor": ("method=ptq", "method.post_training=false", "scheme=per_tensor"),
     "qat, per channel": ("method=qat", "quantization.start=0.0"),
     "qat, per tensor": ("method=qat", "quantization.start=0.0", "scheme=per_tensor"),
 }

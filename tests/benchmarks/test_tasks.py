@@ -29,11 +29,11 @@ def test_a_run_is_trained_once_and_one_that_the_time_ended_is_named(
     words = [*TINY, "--out", str(tmp_path), "--json"]
     assert tasks.main(words) == 1
     said = capsys.readouterr()
-    assert "missing: digits, qat, per channel, seed 0: the time was up" in said.err
+    assert "missing: digits, trained on, then ptq, per channel, seed 0: the time was up" in said.err
     assert len(json.loads(said.out.splitlines()[-1])["rows"]) == 4
     trained.clear()
     assert tasks.main(words) == 0
-    assert trained == ["digits-qat-per channel-0", "digits-qat-per tensor-0"]
+    assert trained == ["-".join(("digits", *method.split(", "), "0")) for method in list(tasks.METHODS)[4:]]
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["method"] for row in again["rows"]] == list(tasks.METHODS)
     assert not again["missing"]

@@ -31,9 +31,9 @@ def sweep(folder: Path, *words: str, script: Path = TRAIN) -> subprocess.Complet
     return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
 
-def results(folder: Path) -> dict[int, dict[str, Any]]:
-    """The result of each trial, by its number."""
-    return {int(path.parent.name): json.loads(path.read_text()) for path in (folder / "sweep").glob("*/result.json")}
+def results(folder: Path, name: str = "sweep") -> dict[int, dict[str, Any]]:
+    """The result of each trial of a sweep, by its number."""
+    return {int(path.parent.name): json.loads(path.read_text()) for path in (folder / name).glob("*/result.json")}
 
 
 def statuses(folder: Path) -> dict[int, str]:

@@ -43,6 +43,13 @@ def test_finetune_continues_the_shared_float_run_and_is_its_control(tmp_path: Pa
     assert one != float_run
     assert len(list((tmp_path / "outputs" / "baselines").iterdir())) == 1
 
+    words[-1] = "hydra.sweep.dir=calibrated"
+    done = sweep(tmp_path, "method=ptq", "method.post_training=true,false", "trainer.max_epochs=1", *words)
+    assert done.returncode == 0, done.stderr
+    compared, trained_on = (found["metrics"] for found in results(tmp_path, "calibrated").values())
+    assert compared["float/test/loss"] == float_run
+    assert trained_on["float/test/loss"] == one, "calibrated after the same training as that of finetune"
+
 
 @pytest.mark.slow
 def test_the_default_of_optional_groups_is_one_trial_of_a_sweep(tmp_path: Path) -> None:

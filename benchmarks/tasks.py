@@ -2,8 +2,8 @@
 
 For each task and seed one float run of ``train.py``; from it static PTQ and QAT, with per-channel and per-tensor
 weights, in the mode that ``auto`` chooses; and, as controls, more float training, as long as QAT, and PTQ after it. A
-row has the model's own test metric, the file size, the speedup over float in process in PyTorch with one sample, and the speedup of
-the fastest file of ``--formats``.
+row has the model's own test metric, the file size, the speedup over float in process in PyTorch with one sample, and
+the speedup of the fastest file of ``--formats``.
 
 Tasks on your own data need ``--data TASK=PATH``; without ``--tasks`` all tasks with data are run. Finished runs are
 stored in the file of results and not repeated; a run interrupted by ``--minutes`` resumes from its last checkpoint. The

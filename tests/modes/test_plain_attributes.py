@@ -99,6 +99,32 @@ class Counting(Rooted):
         return super().forward(x.flatten(2).unflatten(2, self.size))
 
 
+class Default(Rooted):
+    """The attribute is a default of the class, which only training sets on the network."""
+
+    factor = 1.0
+
+    def fade(self, epoch: int) -> None:
+        self.epoch, self.factor = epoch, 1.0 + epoch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.factor
+
+
+class InTraining(Rooted):
+    """The attribute is only read in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = 0.0
+
+    def fade(self, epoch: int) -> None:
+        self.epoch, self.share = epoch, 0.1 * epoch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.dropout(x, self.share if self.training else 0.0, self.training))
+
+
 class Learner(LightningModule):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -158,21 +184,22 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.parametrize("network", [Fading, Default])
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(settings.values()))
 def test_the_int8_network_and_its_file_have_the_attributes_that_training_ended_with(
-    settings: dict[str, Any], tmp_path: Path
+    settings: dict[str, Any], network: type[nn.Module], tmp_path: Path
 ) -> None:
-    module = Learner(Fading())
+    module = Learner(network())
     qat = _fit(module, **settings)
-    assert module.net.gate.share == 2.0
+    assert module.net.epoch == 2
     with torch.no_grad():
         trained = module.net.eval()(IMAGES)
     assert sqnr_db(trained, qat.quantized(IMAGES)) > 40
     qat.save(tmp_path / "model.int8")
-    again = load_quantized(tmp_path / "model.int8", network=Fading())
+    again = load_quantized(tmp_path / "model.int8", network=network())
     assert torch.equal(again(IMAGES), qat.quantized(IMAGES))
     again.save(tmp_path / "again.int8")
-    assert torch.equal(load_quantized(tmp_path / "again.int8", network=Fading())(IMAGES), again(IMAGES))
+    assert torch.equal(load_quantized(tmp_path / "again.int8", network=network())(IMAGES), again(IMAGES))
 
 
 class Parts(nn.Module):
@@ -234,6 +261,24 @@ def test_a_file_sets_no_string_and_asks_for_a_network_that_has_it(tmp_path: Path
 def test_a_graph_refuses_an_attribute_that_training_changes(mode: str) -> None:
     with pytest.raises(NetworkError, match=r"'alpha' that forward reads is the constant 0\.0\. It is now 1\.0"):
         _fit(Learner(Rooted()), mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["fx", "pt2e"])
+@pytest.mark.parametrize(("network", "name"), [(Default, "factor"), (InTraining, "share")])
+def test_a_default_of_the_class_and_what_only_training_reads_are_watched(
+    network: type[Rooted], name: str, mode: str
+) -> None:
+    with pytest.raises(NetworkError, match=f"'{name}' that forward reads is the constant"):
+        _fit(Learner(network()), mode=mode)
+
+
+def test_a_change_of_the_class_itself_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Default()
+    prepared = _prepared(network, "fx")
+    prepared(IMAGES)
+    monkeypatch.setattr(Default, "factor", 3.0)
+    with pytest.raises(NetworkError, match=r"'factor' that forward reads is the constant 1\.0\. It is now 3\.0"):
+        prepared(IMAGES)
 
 
 def test_a_graph_refuses_an_attribute_of_the_lightning_module_whose_own_forward_it_is() -> None:

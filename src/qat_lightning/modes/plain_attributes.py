@@ -36,8 +36,23 @@ def is_own(name: str) -> bool:
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """The plain attributes of a module of its own."""
-    return {name: value for name, value in vars(module).items() if is_own(name) and is_plain(value)}
+    """The plain attributes of a module of its own, and those whose values are defaults of its class."""
+    present = class_defaults(type(module)) | vars(module)
+    return {name: value for name, value in present.items() if is_own(name) and is_plain(value)}
+
+
+def class_defaults(cls: type) -> dict[str, Any]:
+    """The plain attributes of a class of modules, which its instances may set.
+
+    Example:
+        >>> class Net(nn.Module):
+        ...     warm = False
+        >>> class_defaults(Net)
+        {'warm': False}
+    """
+    classes = [each for each in reversed(cls.__mro__) if each not in nn.Module.__mro__]
+    named = {name: value for each in classes for name, value in vars(each).items()}
+    return {name: value for name, value in named.items() if not name.startswith("__") and is_plain(value)}
 
 
 def attributes_like(network: nn.Module, float_network: nn.Module) -> Attributes:

@@ -17,7 +17,7 @@ from qat_lightning.errors import NetworkError
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.scopes import join
 from qat_lightning.modes.eager.observation import run_apart
-from qat_lightning.modes.plain_attributes import is_own, is_plain
+from qat_lightning.modes.plain_attributes import class_defaults, is_own, is_plain, plain_attributes
 from qat_lightning.modes.prepared import copy_of_modules
 
 
@@ -29,12 +29,14 @@ class Read:
         path: The module's name in the network; None if it is outside of it.
         name: The attribute.
         value: The value that it had.
+        kind: The module's class, if the value is a default of it.
         owner: The module of the float network, which code may still hold after it was replaced.
     """
 
     path: str | None
     name: str
     value: Any
+    kind: type | None
     owner: Callable[[], nn.Module | None]
 
 
@@ -55,38 +57,44 @@ def attributes_read(network: nn.Module, example: Example) -> list[Read]:
         path = paths.get(id(module))
         owner = module if path is None else originals[path]
         if (id(module), name) not in found:
-            found[id(module), name] = module, Read(path, name, copy.deepcopy(value), weakref.ref(owner))
+            kind = None if name in vars(module) else type(module)
+            found[id(module), name] = module, Read(path, name, copy.deepcopy(value), kind, weakref.ref(owner))
 
     state = random.getstate()
     for training in (True, False):
-        copied.train(training)
         # What does not run in training, as a BatchNorm on a single value, is not traced either.
         with contextlib.suppress(Exception):
-            run_apart(copied, example, _noting(note, lambda module, name: written.add((id(module), name))))
+            run_apart(copied, example, _noting(copied, training, note, lambda *written_to: written.add(written_to)))
         random.setstate(state)
     # What forward itself assigns, or changes in place, is its own memory, and no setting of the network.
     return [
         read
         for key, (module, read) in found.items()
-        if key not in written and bool(vars(module).get(read.name) == read.value)
+        if key not in written and bool(plain_attributes(module).get(read.name) == read.value)
     ]
 
 
 @contextmanager
 def _noting(
-    note: Callable[[nn.Module, str, Any], None], note_written: Callable[[nn.Module, str], object]
+    network: nn.Module,
+    training: bool,
+    note: Callable[[nn.Module, str, Any], None],
+    note_written: Callable[[int, str], object],
 ) -> Iterator[None]:
-    """Within the block, note the plain attributes of modules that are read, and all that are assigned."""
+    """A call of a network, in which the plain attributes of modules that are read are noted, and all assigned ones."""
+    network.train(training)
     assign = nn.Module.__setattr__
 
     def noting(module: nn.Module, name: str) -> Any:
         value = object.__getattribute__(module, name)
-        if is_own(name) and name in object.__getattribute__(module, "__dict__") and is_plain(value):
-            note(module, name, value)
+        if is_own(name) and is_plain(value):
+            own = object.__getattribute__(module, "__dict__")
+            if name in own or name in class_defaults(type(module)):
+                note(module, name, value)
         return value
 
     def assigning(module: nn.Module, name: str, value: Any) -> None:
-        note_written(module, name)
+        note_written(id(module), name)
         assign(module, name, value)
 
     nn.Module.__getattribute__ = noting  # type: ignore[method-assign, assignment]
@@ -146,8 +154,8 @@ class ReadAttributes:
             self.watch(network, float_network)
         for owner, read in self._watched or ():
             module = owner()
-            if module is not None and not _has(module, read) and is_plain(vars(module)[read.name]):
-                raise _changed(float_network, read, vars(module)[read.name])
+            if module is not None and not _has(module, read) and is_plain(_value(module, read)):
+                raise _changed(float_network, read, _value(module, read))
 
 
 def _nothing() -> None:
@@ -156,8 +164,14 @@ def _nothing() -> None:
 
 def _has(module: nn.Module, read: Read) -> bool:
     """Whether a module has the value that was read, or none of its own."""
-    value = vars(module).get(read.name, read.value)
+    value = _value(module, read)
     return value is read.value or bool(value == read.value)
+
+
+def _value(module: nn.Module, read: Read) -> Any:
+    if read.kind is None or read.name in vars(module) or type(module) is not read.kind:
+        return vars(module).get(read.name, read.value)
+    return getattr(read.kind, read.name, read.value)
 
 
 def _changed(network: nn.Module, read: Read, now: Any) -> NetworkError:

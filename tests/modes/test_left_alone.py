@@ -57,6 +57,26 @@ def same_state(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
+class MaximumNorm(nn.Linear):
+    """Constrains its weight in each call, as the last layer of EEGNet does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.1)
+        return super().forward(x)
+
+
+@pytest.mark.filterwarnings("error:There is no report", "error:Multiply-accumulates were not counted")
+def test_parameters_whose_data_forward_assigns_get_their_own_back_and_are_reported() -> None:
+    network = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), MaximumNorm(8, 8))
+    weights = {name: value.clone() for name, value in network.state_dict().items()}
+    mode, example = get_mode("eager"), Example((X,))
+    prepared = mode.prepare(network, example, Recipe("eager", "x86"))
+    assert [(row.name, row.quantized) for row in mode.coverage(prepared, example)][:2] == [("0", True), ("2", False)]
+    assert all(torch.equal(prepared.state_dict()[name], value) for name, value in weights.items())
+    prepared.train()(X)
+    assert prepared.get_submodule("2").weight.norm(dim=1).max() <= 0.1001
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_buffers_are_those_of_the_training(mode: str) -> None:
     torch.manual_seed(0)

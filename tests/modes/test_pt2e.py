@@ -331,6 +331,18 @@ class TwoWays(Branch):
         return (self.layer(x), x) if self.training else self.layer(x)
 
 
+class MaximumNorm(Branch):
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer.weight.data = torch.renorm(self.layer.weight.data, p=2, dim=0, maxnorm=0.3)
+        return self.layer(x)
+
+
+class WritesData(Branch):
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer.weight.data.clamp_(-0.3, 0.3)
+        return self.layer(x)
+
+
 @pytest.mark.parametrize(
     ("network", "message"),
     [
@@ -338,6 +350,8 @@ class TwoWays(Branch):
         (FixedBatch, "only for the batch size 4"),
         (Random, r"draws random numbers.*test_pt2e\.py:\d+"),
         (TwoWays, r"different values in evaluation"),
+        (MaximumNorm, r"uses the \.data of a parameter, which is not part of a graph.*mode='eager'"),
+        (WritesData, r"uses the \.data of a parameter, which is not part of a graph.*mode='eager'"),
     ],
 )
 def test_what_cannot_be_captured_is_refused(network: type[nn.Module], message: str) -> None:

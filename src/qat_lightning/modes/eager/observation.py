@@ -189,7 +189,10 @@ def observe(
 
 @torch.no_grad()
 def run_apart(network: nn.Module, example: Example, inside: Inside = None) -> Any:
-    """Run ``network`` in eval mode without grad; module, buffers, example and RNG stay unchanged."""
+    """Run ``network`` in eval mode without grad; module, buffers, example and RNG stay unchanged.
+
+    A parameter whose data ``forward`` assigns, as ``self.weight.data = ...`` does, gets its own back.
+    """
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     look_into(example.args, example.kwargs)
     # Copies: an in-place operation must not change the caller's batch, and inference tensors have no version.
@@ -204,7 +207,8 @@ def run_apart(network: nn.Module, example: Example, inside: Inside = None) -> An
 
 @contextmanager
 def _left_alone(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Eval mode; flags, buffers and random state are restored at the end of the block."""
+    """Eval mode; flags, buffers, assigned parameters and random state are restored at the end of the block."""
+    data = [(parameter, parameter.data) for parameter in network.parameters()]
     buffers = [
         (module, name, buffer, None if buffer is None else buffer.detach().clone())
         for module in network.modules()
@@ -214,7 +218,15 @@ def _left_alone(network: nn.Module, device: torch.device) -> Iterator[None]:
         with evaluating(network), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
+        for parameter, before in data:
+            if type(before) is Tensor and _memory(parameter.data) != _memory(before):
+                parameter.data = before
         for module, name, buffer, value in buffers:
             module._buffers[name] = buffer
             if buffer is not None and value is not None:
                 write_back(buffer, value)
+
+
+def _memory(tensor: Tensor) -> int:
+    address: int = tensor.untyped_storage()._cdata
+    return address

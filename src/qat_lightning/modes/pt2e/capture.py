@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.graph import CodeGen
 
 from qat_lightning.errors import TraceError
@@ -90,6 +91,7 @@ def capture(
         _drop_checks(inner)
     _pass_over_equal_broadcasts(graph_module.graph)
     _clean(graph_module.graph, spec)
+    _refuse_without_values(graph_module, spec.name)
     _ask_first_input(graph_module.graph)
     if train:
         for inner in _graphs(graph_module):
@@ -154,6 +156,18 @@ def _refuse_plain_averages(network: nn.Module) -> None:
         raise TraceError(
             "mode='pt2e' cannot export BatchNorm with momentum=None, which divides by the count of batches so far: "
             f"{', '.join(names[:5])}{more}. Give it a number, such as momentum=0.1, or use mode='fx' or mode='eager'."
+        )
+
+
+def _refuse_without_values(graph_module: fx.GraphModule, name: str) -> None:
+    """Raise an error for constants that export made while it followed the network without values."""
+    read = (
+        operator.attrgetter(str(node.target))(graph_module) for node in graph_module.graph.find_nodes(op="get_attr")
+    )
+    if any(isinstance(value, FakeTensor) for value in read):
+        raise TraceError(
+            f"mode='pt2e' cannot export {name}: its forward uses the .data of a parameter, which is "
+            f"not part of a graph. {WHAT_TO_DO}"
         )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 from qat_lightning.artifact import load_quantized
 from qat_lightning.artifact.quantized import QuantizedNetwork
@@ -57,6 +58,36 @@ def train(prepared: nn.Module, inputs: Tensor) -> None:
         optimizer.zero_grad()
         prepared(inputs).square().mean().backward()
         optimizer.step()
+
+
+class CountsInTraining(nn.Module):
+    """A parametrization that counts how often its weight was computed in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.training:
+            self.count.add_(1)
+        return weight.clamp(-1, 1)
+
+
+def counted(layer: nn.Module) -> nn.Module:
+    return register_parametrization(layer, "weight", CountsInTraining())
+
+
+@pytest.mark.parametrize("norm", [spectral_norm, counted])
+@pytest.mark.parametrize("settings", [("fx", "qat"), ("eager", "qat"), ("fx", "weight_only"), ("eager", "dynamic")])
+def test_preparation_leaves_the_state_of_parametrizations(
+    norm: Callable[[nn.Module], nn.Module], settings: tuple[str, Any]
+) -> None:
+    mode, kind = settings
+    network = Normed(norm).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    prepared = get_mode(mode).prepare(network, EXAMPLE, Recipe(mode, "x86", kind=kind))
+    after = prepared.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 @pytest.mark.parametrize("exclude", [(), ("conv", "fc")])

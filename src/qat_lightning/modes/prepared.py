@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qat_lightning.errors import CheckpointMismatchError, ConversionError
 from qat_lightning.graph.module_order import name_first
+from qat_lightning.graph.training_flags import evaluating
 from qat_lightning.layers.qat_modules import FreezableBatchNorm
 from qat_lightning.layers.rounded import RoundedLayer
 from qat_lightning.modes.plain_attributes import Attributes, attributes_like, differing
@@ -162,16 +163,23 @@ def weights_unrounded(network: nn.Module) -> Iterator[None]:
 
 def materialize_weights(prepared: nn.Module) -> None:
     """Create the per-channel state of the FakeQuantizes of weights, before training begins."""
-    for module in prepared.modules():
-        if isinstance(module, RoundedLayer):
-            module.materialize()
-            continue
-        # Its own children only: a wrapper may expose those of the wrapped layer.
-        fq, weight = module._modules.get("weight_fake_quant"), getattr(module, "weight", None)
-        if isinstance(fq, FakeQuantize) and isinstance(weight, torch.Tensor):
-            # In eager mode, the rounded tensor may have another shape than the parameter.
-            kernel: Any = getattr(module, "kernel", None)
-            fq.materialize(weight if kernel is None else kernel()[0])
+    # In evaluation: in training, computing a parametrized weight may change the state of its parametrization.
+    with evaluating(prepared):
+        for module in prepared.modules():
+            _materialize_weight(module)
+
+
+def _materialize_weight(module: nn.Module) -> None:
+    if isinstance(module, RoundedLayer):
+        module.materialize()
+        return
+    # Its own children only: a wrapper may expose those of the wrapped layer.
+    fq = module._modules.get("weight_fake_quant")
+    weight = getattr(module, "weight", None) if isinstance(fq, FakeQuantize) else None
+    if isinstance(fq, FakeQuantize) and isinstance(weight, torch.Tensor):
+        # In eager mode, the rounded tensor may have another shape than the parameter.
+        kernel: Any = getattr(module, "kernel", None)
+        fq.materialize(weight if kernel is None else kernel()[0])
 
 
 def refuse_simulated(recipe: Recipe) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -113,6 +113,8 @@ class GraphNetwork(KeepsExtraState):
     """The attributes that the graph has as constants; None in an int8 network."""
     inference_call: InferenceCall | None = None
     """The call without the inputs of the loss; None if there are none."""
+    evaluated: tuple[str, ...] = ()
+    """Layers that the network's own forward puts in evaluation whenever it runs."""
     _merged: Mapping[str, nn.Module] = MappingProxyType({})
     """Modules of the float network that the graph does not call one by one."""
     _known_hooks: frozenset[int] = frozenset()
@@ -160,6 +162,7 @@ class GraphNetwork(KeepsExtraState):
         run = self.__dict__["_run"]
         if torch.compiler.is_compiling():  # compiled steps are only used for inputs that fit
             return run(self, *args, **kwargs)
+        self._evaluate()
         self._refuse_hooks()
         self._refuse_changed_attributes()
         inputs: GraphInputs = self.__dict__["_graph_inputs"]
@@ -285,7 +288,18 @@ class GraphNetwork(KeepsExtraState):
         if state is not None and overrides_train(state.float_network):
             state.float_network.train(mode)
             set_training_flags(self, training_flags(state.float_network))
+        self._evaluate()
         return self
+
+    def keep_evaluated(self, names: Iterable[str]) -> None:
+        """Keep layers in evaluation from now on, since the network's own forward would put them there."""
+        own = dict(self.named_modules(remove_duplicate=False))
+        self.evaluated = tuple(name for name in names if name in own)  # others were merged, as a ReLU is
+
+    def _evaluate(self) -> None:
+        """Put the layers in evaluation that the network's own forward would."""
+        for name in self.evaluated:
+            self.get_submodule(name).training = False
 
     def __getattr__(self, name: str) -> Any:
         """Fall back on the float network's own attributes and methods."""

@@ -31,6 +31,7 @@ from qat_lightning.modes.fx.calls import (
     read_what_was_written,
 )
 from qat_lightning.modes.fx.examples import ONE, Plan
+from qat_lightning.modes.fx.layer_settings import LayerSettings
 from qat_lightning.modes.fx.shapes import ShapesTracer
 from qat_lightning.modes.fx.sizes import attempts, given_sizes
 from qat_lightning.modes.fx.tracer import (
@@ -86,6 +87,9 @@ def check_names(network: nn.Module, mode: str) -> None:
 MIXED = "regions of mixed precision"
 """Key in the ``meta`` of a trace: the mixed-precision regions that the forward entered."""
 
+EVALUATED = "evaluated"
+"""Key in the ``meta`` of a trace: the layers that the forward itself puts in evaluation while the network trains."""
+
 TWO_AND_MORE = "two samples and more"
 """Key in the ``meta`` of a trace: whether a single sample could not be followed, and has to be tried."""
 
@@ -132,6 +136,7 @@ def trace(
     read_what_was_written(graph_module)
     graph_module.recompile()
     graph_module.meta[MIXED] = sorted(mixed)
+    graph_module.meta[EVALUATED] = sorted(traced.evaluated)
     graph_module.meta[TWO_AND_MORE] = plan is not None and ONE not in plan.samples
     sizes = given_sizes(graph_module.graph, network, example, plan, fixed=traced.fixed or evaluation.fixed)
     return graph_module, scopes, sizes
@@ -330,7 +335,8 @@ def _trace_once(
     ):
         network.train(train)
         try:
-            tracer, graph = _graph(network, example, leaves, plan, fixed)
+            settings = LayerSettings(network)
+            tracer, graph = _graph(network, example, leaves, plan, fixed, settings)
         except CallAsWhole:
             raise
         except Checkpointed as error:
@@ -346,16 +352,25 @@ def _trace_once(
     give_operands_by_position(graph_module)
     drop_unread(graph_module.graph)
     graph_module.recompile()
-    return Traced(graph_module, tracer.node_name_to_scope, counted, fixed=getattr(tracer, "fixed", False))
+    fixed = getattr(tracer, "fixed", False)
+    return Traced(graph_module, tracer.node_name_to_scope, counted, settings.evaluated, fixed=fixed)
 
 
 def _graph(
-    network: nn.Module, example: Example, leaves: list[str], plan: Plan | None, fixed: dict[str, Any]
+    network: nn.Module,
+    example: Example,
+    leaves: list[str],
+    plan: Plan | None,
+    fixed: dict[str, Any],
+    settings: LayerSettings,
 ) -> tuple[NetworkTracer, fx.Graph]:
     def tracer(*, buffers: bool) -> NetworkTracer:
         if plan is None:
-            return NetworkTracer(leaves, buffers=buffers)
-        return ShapesTracer(leaves, example, plan, buffers=buffers)
+            made = NetworkTracer(leaves, buffers=buffers)
+        else:
+            made = ShapesTracer(leaves, example, plan, buffers=buffers)
+        made.layer_settings = settings
+        return made
 
     with batchnorms_take_anything():
         try:

@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, fx
-from torch.fx.proxy import Attribute, Proxy
+from torch.fx.proxy import Attribute
+
+from qat_lightning.modes.fx.layer_settings import TracedValue
 
 _NOT_KNOWN = frozenset({"requires_grad", "grad", "grad_fn", "is_leaf", "data_ptr", "_version", "item", "tolist"})
 """Attributes that a tensor without values cannot answer for the real one."""
 
 
-class Known(Proxy):
+class Known(TracedValue):
     """A value of a trace whose metadata is known from the example.
 
     Args:

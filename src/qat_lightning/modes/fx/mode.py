@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from qat_lightning.errors import ConversionError, NetworkError
 from qat_lightning.graph.example import Example, in_float32
+from qat_lightning.graph.given_sizes import GivenSizes
 from qat_lightning.graph.scopes import join
 from qat_lightning.layers.kernels import choose_kernels
 from qat_lightning.layers.qat_modules import make_batchnorm_freezable, make_batchnorm_plain, round_weights_for_good
@@ -35,6 +37,7 @@ from qat_lightning.modes.fx.layers import each_once, layer_rows, no_kernel
 from qat_lightning.modes.fx.left_float import float_nodes, layers_and_ops, put_float_layers, take_out_never_rounding
 from qat_lightning.modes.fx.linear_products import name_linear
 from qat_lightning.modes.fx.other_sizes import ConvertsAgain, SharedLayers
+from qat_lightning.modes.fx.own_memory import refuse_counted
 from qat_lightning.modes.fx.plan import FxPlan, make_plan
 from qat_lightning.modes.fx.product_forms import write_as_products
 from qat_lightning.modes.fx.products import follow_earlier_checkpoints
@@ -75,6 +78,7 @@ from qat_lightning.modes.protocol import Converted, LayerCoverage
 from qat_lightning.modes.read_attributes import ReadAttributes, attributes_read
 from qat_lightning.modes.reassigned_buffers import refuse_reassigned_buffers
 from qat_lightning.modes.tracing import (
+    EVALUATED,
     MIXED,
     TWO_AND_MORE,
     leave_inside_float,
@@ -123,13 +127,14 @@ class FxMode:
         }
         whole, by_example = outer_parts(network, selected), "identities" not in recipe.families
         learns = recipe.kind == "qat"
-        (graph_module, scopes, sizes), at_inference = traced_with_inference(
-            network,
-            example,
-            lambda network, example: trace(network, example, whole, learns=learns, by_example=by_example),
-        )
+
+        def traced(network: nn.Module, example: Example) -> tuple[fx.GraphModule, dict[str, Any], GivenSizes | None]:
+            return trace(network, example, whole, learns=learns, by_example=by_example)
+
+        (graph_module, scopes, sizes), at_inference = traced_with_inference(network, example, traced)
         refuse_reassigned_buffers(float_network, example, "fx", graph=graph_module)
-        two_and_more, mixed = (graph_module.meta.pop(key) for key in (TWO_AND_MORE, MIXED))
+        refuse_counted(network, example, lambda network: traced(network, example)[0], learns=learns)
+        two_and_more, mixed, evaluated = (graph_module.meta.pop(key) for key in (TWO_AND_MORE, MIXED, EVALUATED))
         leave_inside_float(graph_module, selected)
         if "twins" in recipe.families:
             use_known_names(graph_module.graph)
@@ -164,6 +169,7 @@ class FxMode:
         result.give_sizes(sizes, SharedLayers())
         result.inference_call = at_inference
         restore_children(result, hidden.originals, parameters, float_network)
+        result.keep_evaluated(evaluated)
         make_batchnorm_freezable(result)
         result._quantization = PreparedState(self, recipe, float_network, prefix=prefix, plan=plan)
         live = [name for name, module in result.named_modules() if name and not isinstance(module, GraphPart)]

@@ -21,6 +21,7 @@ from torch.fx.proxy import Proxy
 
 from qat_lightning.graph.buffers import write_back
 from qat_lightning.layers.operators import WEIGHTED
+from qat_lightning.modes.fx.layer_settings import LayerSettings, TracedValue
 from qat_lightning.modes.own_gradients import STOPPED, OwnGradient
 from qat_lightning.modes.structured_tracer import StructuredTracer
 from qat_lightning.numerics.recomputation import Checkpointed
@@ -51,12 +52,14 @@ class Traced:
         graph_module: The graph; its layers are the network's own.
         scopes: For the name of each node, path and class of the module whose ``forward`` created it.
         counted: Paths of modules that counted a batch in their ``num_batches_tracked`` themselves.
+        evaluated: Paths of the layers that the forward itself puts in evaluation.
         fixed: Whether the graph may contain sizes of the inputs as constants.
     """
 
     graph_module: fx.GraphModule
     scopes: dict[str, Any]
     counted: set[str]
+    evaluated: set[str]
     fixed: bool = False
 
 
@@ -74,7 +77,7 @@ def is_foreign(target: Any) -> bool:
     return isinstance(target, FunctionType) and target.__module__.partition(".")[0] not in ours
 
 
-class TensorProxy(Proxy):
+class TensorProxy(TracedValue):
     """A parameter or buffer in a trace, whose shape is known."""
 
     def __init__(self, node: fx.Node, tracer: Any, tensor: Tensor) -> None:
@@ -123,6 +126,9 @@ class NetworkTracer(StructuredTracer):
     Args:
         leaves: Paths of modules to call as a whole.
         buffers: Whether buffers that are computed with are values of the graph too; otherwise they are constants of it.
+
+    Attributes:
+        layer_settings: Records with which settings layers are called.
     """
 
     def __init__(self, leaves: list[str], *, buffers: bool = True) -> None:
@@ -130,6 +136,11 @@ class NetworkTracer(StructuredTracer):
         self._buffers = buffers
         self._opaque = set[Any]()
         self._replaced: dict[int, tuple[Tensor, Tensor]] = {}
+        self.layer_settings: LayerSettings | None = None
+
+    def proxy(self, node: fx.Node) -> Proxy:
+        """A value of the graph."""
+        return TracedValue(node, self)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
         """A value of the graph for each tensor of the network, except counters, which are updated."""
@@ -238,6 +249,8 @@ class NetworkTracer(StructuredTracer):
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
+            if self.layer_settings is not None:
+                self.layer_settings.note(path, m)
             return super().call_module(m, forward, args, kwargs)
         before = _random_state()
         try:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from qat_lightning.graph.example import Example
 from qat_lightning.modes.prepared import cpu_copy, set_phase
@@ -113,6 +114,34 @@ def test_values_and_gradients_are_those_of_torchs_kernel(seed: int, per_channel:
     assert torch.equal(ours[0].grad, theirs[0].grad)
     for one, other in zip(ours[1:], theirs[1:], strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
+
+
+def _straight_through(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """The same rounding in operations of torch, whose gradients have gradients."""
+    ratio, point = x / scale, zero_point + (zero_point.round() - zero_point).detach()
+    integers = ratio + (ratio.round() - ratio).detach() + point
+    return (integers.clamp(0, 15) - point) * scale
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_gradients_have_gradients_as_a_gradient_penalty_needs_them(per_channel: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 4, generator=generator) * 2
+    scale = (torch.rand(4, generator=generator) * 0.3 + 0.05) if per_channel else torch.tensor(0.2)
+    factor = torch.randn(6, 4, generator=generator)
+    found = []
+    for ours in (True, False):
+        given = [tensor.clone().requires_grad_() for tensor in (x, scale, torch.full_like(scale, 6.3), factor)]
+        if ours:
+            rounded = fake_quantize_learned(*given[:3], quant_min=0, quant_max=15, axis=1 if per_channel else None)
+        else:
+            rounded = _straight_through(*given[:3])
+        first = torch.autograd.grad((rounded.square() * given[3]).sum(), given[:3], create_graph=True)
+        second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), given)
+        found.append([*first, *second])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
 
 
 def error_of(fq: FakeQuantize, x: torch.Tensor, qparams: tuple[torch.Tensor, torch.Tensor]) -> float:

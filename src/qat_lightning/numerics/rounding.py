@@ -117,6 +117,11 @@ def _pass_unclamped(
     return passed
 
 
+def _pass_unclamped_again(gradient: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The same with a derivative of its own, as a gradient penalty needs it."""
+    return torch.ops.aten.hardtanh_backward(gradient, x, *first_clamped(float(scale.detach()), int(low), int(high)))
+
+
 _LIBRARY.impl("pass_unclamped", _pass_unclamped, "CPU")
 torch.library.register_fake(
     "qat_lightning::pass_unclamped", lambda gradient, x, *others: torch.empty_like(x), lib=_LIBRARY
@@ -186,7 +191,10 @@ class RoundLearned(torch.autograd.Function):
         inverse = 1.0 / scale
         if x.device.type == "cpu" and scale.dim() == 0:
             ends = [(end - zero_point).to(torch.int32) for end in (low, high)]
-            passed = torch.ops.qat_lightning.pass_unclamped(gradient, x, scale, *ends, -math.inf, math.inf)
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                passed = _pass_unclamped_again(gradient, x, scale, *ends)
+            else:
+                passed = torch.ops.qat_lightning.pass_unclamped(gradient, x, scale, *ends, -math.inf, math.inf)
         else:
             integers = (x * inverse).round_().add_(zero_point)
             passed = torch.ops.aten.hardtanh_backward(gradient, integers, low - 0.5, high + 0.5)

@@ -31,6 +31,7 @@ class Network(nn.Module):
         self.first, self.last, self.step = nn.Linear(6, 8), nn.Linear(8, 4), step
         self.count, self.on, self.size, self.log = 0, False, 0, {"calls": 0}
         self.register_buffer("counted", torch.zeros(()))
+        self.counter = Counter()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.step(self, self.first(x)))
@@ -106,6 +107,20 @@ def _builds_a_table_once(network: Any, y: Tensor) -> Tensor:
     return y + network.table[: y.shape[1]]
 
 
+class Counter(nn.Module):
+    """Decides by values, so that a graph calls it as a whole."""
+
+    count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return x if float(x.detach().sum()) > 1e9 else 1.5 * x
+
+
+def _calls_a_module_that_counts(network: Any, y: Tensor) -> Tensor:
+    return network.counter(network.counter(y)) if y.shape[1] > 5 else y
+
+
 def _counts_in_a_buffer(network: Any, y: Tensor) -> Tensor:
     network.counted.add_(1)
     return y * (1 + 0.1 * network.counted)
@@ -116,7 +131,10 @@ def _counts_training_in_a_buffer(network: Any, y: Tensor) -> Tensor:
     return y * (1 + 0.1 * network.counted)
 
 
-FOLLOWED = [_notes_what_it_saw, _builds_a_table_once, _counts_in_a_buffer, _counts_training_in_a_buffer]
+FOLLOWED = [
+    _notes_what_it_saw, _builds_a_table_once, _calls_a_module_that_counts, _counts_in_a_buffer,
+    _counts_training_in_a_buffer,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("step", FOLLOWED, ids=lambda step: step.__name__.strip("_"))

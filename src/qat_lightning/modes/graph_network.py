@@ -217,6 +217,7 @@ class GraphNetwork(KeepsExtraState):
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the graph itself runs for a call, and not one of another form; see `forward` for errors."""
+        self._evaluate()
         self._refuse_changed_attributes()
         inputs: GraphInputs = self.__dict__["_graph_inputs"]
         if inputs.others(args, kwargs):

@@ -17,7 +17,7 @@ from qat_lightning.errors import NetworkError
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.scopes import join
 from qat_lightning.modes.eager.observation import run_apart
-from qat_lightning.modes.plain_attributes import class_defaults, is_own, is_plain, plain_attributes
+from qat_lightning.modes.plain_attributes import attributes_like, class_defaults, is_own, is_plain, plain_attributes
 from qat_lightning.modes.prepared import copy_of_modules
 
 
@@ -40,14 +40,18 @@ class Read:
     owner: Callable[[], nn.Module | None]
 
 
-def attributes_read(network: nn.Module, example: Example) -> list[Read]:
+def attributes_read(network: nn.Module, example: Example) -> tuple[list[Read], bool]:
     """The plain attributes that a network reads in training and in evaluation, and does not change itself.
 
     Args:
         network: The float network; it stays as it is.
         example: One call.
+
+    Returns:
+        The attributes, and whether the network changes any others.
     """
     copied = copy_of_modules(network)
+    before, changes = attributes_like(copied, copied), False
     originals = dict(network.named_modules(remove_duplicate=False))
     paths = {id(module): path for path, module in copied.named_modules()}
     found: dict[tuple[int, str], tuple[nn.Module, Read]] = {}
@@ -66,12 +70,14 @@ def attributes_read(network: nn.Module, example: Example) -> list[Read]:
         with contextlib.suppress(Exception):
             run_apart(copied, example, _noting(copied, training, note, lambda *written_to: written.add(written_to)))
         random.setstate(state)
+        changes = changes or attributes_like(copied, copied) != before
     # What forward itself assigns, or changes in place, is its own memory, and no setting of the network.
-    return [
+    reads = [
         read
         for key, (module, read) in found.items()
         if key not in written and bool(plain_attributes(module).get(read.name) == read.value)
     ]
+    return reads, changes
 
 
 @contextmanager

@@ -39,10 +39,7 @@ def refuse_counted(
         TraceError: There are such attributes; the message names them.
     """
     settled = copy_of_modules(network)
-    before = attributes_like(settled, settled)
-    first = list(_calls(settled, example, learns=learns))
-    if all(after == before for after in first):
-        return
+    list(_calls(settled, example, learns=learns))
     copied = copy_of_modules(settled)
     before = attributes_like(settled, settled)
     counted: Attributes = {}
@@ -106,14 +103,19 @@ def _described(network: nn.Module, trace: Callable[[nn.Module], fx.GraphModule])
     for node in reversed(list(root.graph.nodes)):
         if not node.users and _is_arithmetic(node.target):
             root.graph.erase_node(node)  # of a number that is only counted
-    made = {name: module for name, module in root.named_modules() if own.get(name) is not type(module) and name}
-    public = {name: {k: v for k, v in vars(module).items() if not k.startswith("_")} for name, module in made.items()}
+    # A module of the network that is called as a whole counts for itself.
+    made = {name: module for name, module in root.named_modules() if name and _is_made(module, own.get(name))}
     constants = {str(node.target) for node in root.graph.find_nodes(op="get_attr")} - tensors
     return (
         str(root.graph),
-        {name: f"{module!r} {public[name]}" for name, module in made.items()},
+        {name: str({k: v for k, v in vars(module).items() if k[0] != "_"}) for name, module in made.items()},
         {name: value for name in constants if isinstance(value := getattr(root, name, None), Tensor)},
     )
+
+
+def _is_made(module: nn.Module, own: type | None) -> bool:
+    """Whether a trace has made a module, such as a dropout for its function."""
+    return type(module) is not own and type(module).__module__.partition(".")[0] in ("torch", "qat_lightning")
 
 
 def _is_arithmetic(target: Any) -> bool:

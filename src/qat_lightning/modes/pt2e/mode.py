@@ -78,7 +78,7 @@ class Pt2eMode:
             refuse_own_gradients(network, example, "pt2e")
         keep_tapes()
         float_network = copy_of_modules(network)
-        reads = attributes_read(network, example)
+        reads, _ = attributes_read(network, example)
 
         def captured_with(call: Example) -> tuple[fx.GraphModule, CallSpec]:
             by_numbers = "convolutions" in recipe.families

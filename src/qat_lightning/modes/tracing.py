@@ -352,8 +352,8 @@ def _trace_once(
     give_operands_by_position(graph_module)
     drop_unread(graph_module.graph)
     graph_module.recompile()
-    fixed = getattr(tracer, "fixed", False)
-    return Traced(graph_module, tracer.node_name_to_scope, counted, settings.evaluated, fixed=fixed)
+    has_sizes = getattr(tracer, "fixed", False)
+    return Traced(graph_module, tracer.node_name_to_scope, counted, settings.evaluated, fixed=has_sizes)
 
 
 def _graph(

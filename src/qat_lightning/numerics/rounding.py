@@ -119,7 +119,9 @@ def _pass_unclamped(
 
 def _pass_unclamped_again(gradient: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The same with a derivative of its own, as a gradient penalty needs it."""
-    return torch.ops.aten.hardtanh_backward(gradient, x, *first_clamped(float(scale.detach()), int(low), int(high)))
+    ends = first_clamped(float(scale.detach()), int(low), int(high))
+    passed: Tensor = torch.ops.aten.hardtanh_backward(gradient, x, *ends)
+    return passed
 
 
 _LIBRARY.impl("pass_unclamped", _pass_unclamped, "CPU")

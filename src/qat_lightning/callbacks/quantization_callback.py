@@ -144,7 +144,10 @@ class QuantizationCallback(Callback):
 
     @property
     def quantized(self) -> Any:
-        """The int8 network, a dict by name for several, or None before there is one."""
+        """The int8 network of the present weights, a dict by name for several, or None before there is one.
+
+        Reading it compares the weights with those that were converted: keep the network for many calls.
+        """
         return self._int8.quantized
 
     @property
@@ -164,8 +167,8 @@ class QuantizationCallback(Callback):
     def convert(self, exclude: Sequence[str] = ()) -> Any:
         """Convert the current weights and ranges to int8.
 
-        A fit, a test and `quantized` do this automatically. Call it after you changed weights by hand, or to leave more
-        layers of a trained network float.
+        A fit, a test, `quantized` and `save` do this automatically, also where weights were changed by hand. Call it to
+        leave more layers of a trained network float.
 
         Args:
             exclude: Globs of module names, relative to the LightningModule, that stay float from now on, in the

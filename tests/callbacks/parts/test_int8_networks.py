@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat_lightning.callbacks.parts.float_weights import FloatWeights
 from qat_lightning.callbacks.parts.int8_networks import Int8Networks
@@ -15,6 +16,7 @@ from qat_lightning.callbacks.parts.networks import Networks
 from qat_lightning.callbacks.parts.settings import QuantizationSettings
 from qat_lightning.callbacks.parts.variant_source import TrainedVariants
 from qat_lightning.errors import ConfigurationError, ConversionError
+from qat_lightning.modes.prepared import fake_quantizers
 from tests.callbacks.lit import Lit, loader, qat, trainer
 from tests.callbacks.parts.placed import IMAGES, placed
 
@@ -31,13 +33,71 @@ def test_they_are_made_once_until_they_are_stale() -> None:
     first = int8.quantized
     int8.make()
     assert int8.quantized is first
-    with torch.no_grad():
-        networks.prepared["net"].head.weight.mul_(-1)
-    int8.make()
-    assert int8.quantized is first
     int8.outdate()
     int8.make()
-    assert not torch.equal(int8.quantized(IMAGES), first(IMAGES))
+    assert int8.quantized is not first
+    assert torch.equal(int8.quantized(IMAGES), first(IMAGES))
+
+
+def _multiplied(network: nn.Module) -> None:
+    with torch.no_grad():
+        network.head.weight.mul_(-1)
+
+
+def _copied_behind_the_version(network: nn.Module) -> None:
+    network.head.weight.data.copy_(-network.head.weight.data)
+
+
+def _exchanged(network: nn.Module) -> None:
+    network.head.weight.data = -network.head.weight.data
+
+
+def _loaded(network: nn.Module) -> None:
+    entries = network.state_dict()
+    network.load_state_dict(entries | {"head.weight": -entries["head.weight"]})
+
+
+def _permuted(network: nn.Module) -> None:
+    network.head.weight.data.copy_(network.head.weight.data.flip(1))
+
+
+def _statistics(network: nn.Module) -> None:
+    network.norm.running_mean.add_(1.0)
+
+
+def _ranges(network: nn.Module) -> None:
+    for _, fq in fake_quantizers(network):
+        if fq.observed:
+            fq.max_val.mul_(0.5)
+
+
+@pytest.mark.parametrize(
+    "change", [_multiplied, _copied_behind_the_version, _exchanged, _loaded, _permuted, _statistics, _ranges]
+)
+@pytest.mark.parametrize("mode", ["fx", "eager"])
+def test_they_are_of_the_present_weights_however_these_were_changed(mode: str, change: Callable[..., None]) -> None:
+    lit, networks = placed(mode)
+    int8 = int8_of(networks)
+    int8.make()
+    first, number = int8.quantized, int8.conversion
+    int8.made_from = "a test"
+    change(lit.net)
+    assert int8.made_from == "a test"
+    second = int8.quantized
+    assert not torch.equal(second(IMAGES), first(IMAGES))
+    assert torch.allclose(second(IMAGES), lit.net(IMAGES), atol=1e-4)
+    assert (int8.made_from, second.source) == ("the present weights", "the present weights")
+    assert int8.conversion > number
+
+
+def test_an_evaluation_of_fake_quant_outdates_nothing() -> None:
+    lit, networks = placed()
+    int8 = int8_of(networks)
+    int8.make()
+    first = int8.quantized
+    lit.net(IMAGES)
+    lit.net(torch.ones(3, 1, 8, 8))
+    assert int8.quantized is first
 
 
 def test_each_conversion_has_a_number_of_its_own() -> None:

@@ -56,6 +56,7 @@ class Int8Networks:
         self._when_asked = False
         self._reported: dict[str, QuantizedNetwork] = {}
         self._stale = True
+        self._checksums: dict[str, int] = {}
 
     def __getitem__(self, name: str) -> QuantizedNetwork:
         """Return the int8 network with this name."""
@@ -82,7 +83,7 @@ class Int8Networks:
     @property
     def quantized(self) -> Any:
         """The int8 network of the present weights, a dict by name for several, or None before there is one."""
-        if self._when_asked or (self._stale and self._made):
+        if self._when_asked or self._made:
             self.make()
         # Of several networks, possibly only one has been run.
         return dict(self._made) if len(self.networks.prepared) > 1 and self._made else one_or_all(self._made)
@@ -134,6 +135,7 @@ class Int8Networks:
 
     def make(self) -> None:
         """Convert, unless int8 networks of the present weights and ranges exist."""
+        self.notice_changes()
         if not self._stale and self._made:
             return
         never_run = self.networks.never_run()
@@ -170,6 +172,7 @@ class Int8Networks:
     def _have(self, converted: dict[str, QuantizedNetwork]) -> None:
         self._made = converted
         self._stale = self._when_asked = False
+        self._checksums = self.networks.checksums()
         self.conversion = next(_NUMBERS)
 
     def convert_in_all(self, trainer: Trainer, *, to_run: bool) -> None:
@@ -178,6 +181,7 @@ class Int8Networks:
             self.make()
             self._report(trainer)
             return
+        self.notice_changes()
         # Even if this process has the network: it may have been requested in only some of the processes.
         if any_process(self._stale or not self._made):
             with self.networks.whole(everywhere=False):
@@ -213,6 +217,17 @@ class Int8Networks:
     def outdate(self) -> None:
         """Mark the int8 networks as stale, because weights or ranges have changed."""
         self._stale, self.impossible = True, ""
+
+    def notice_changes(self) -> bool:
+        """Mark them as stale if weights or ranges are others than those that were converted; return whether they are.
+
+        Code outside of Lightning's stages may change weights at any time: a checkpoint loaded by hand, an average of
+        weights copied into the network, a training loop.
+        """
+        if self._made and not self._stale and self.networks.checksums() != self._checksums:
+            self.outdate()
+            self.made_from = "the present weights"
+        return self._stale
 
     def _report(self, trainer: Trainer) -> None:
         """Log coverage, once per conversion."""

@@ -15,6 +15,7 @@ from qat_lightning.callbacks.parts.network import Slot
 from qat_lightning.callbacks.parts.settings import QuantizationSettings
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example
+from qat_lightning.modes.checksum import checksum
 from qat_lightning.modes.coverage import under
 from qat_lightning.modes.left_float import leave_float
 from qat_lightning.modes.prepared import cpu_copy, fake_quantizers, in_training_step, prepared_state, set_phase
@@ -150,6 +151,10 @@ class Networks:
     def simulated(self) -> str:
         """Return why there can be no int8 network; empty if there can."""
         return next((why for p in self.prepared.values() if (why := prepared_state(p).recipe.simulated)), "")
+
+    def checksums(self) -> dict[str, int]:
+        """Return a checksum of each prepared network's weights and ranges."""
+        return {name: checksum(prepared) for name, prepared in self.prepared.items()}
 
     def know_a_range(self) -> bool:
         """Whether some network has an observed range, or needs none."""

@@ -400,11 +400,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         if not self.convert_on_fit_end:
             return
         if not self._networks.know_a_range():
-            rank_zero_warn(
-                "The fit ran no training step, so no range was observed and there is no int8 network: the run of "
-                "ckpt_path= had already ended. Increase max_epochs or max_steps of the Trainer; or, to begin from the "
-                "weights of a float run, load them with load_from_checkpoint and fit without ckpt_path=."
-            )
+            rank_zero_warn(self._driver.why_no_range())
             return
         if self._networks.simulated:
             rank_zero_warn(

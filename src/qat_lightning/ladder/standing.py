@@ -99,7 +99,7 @@ class StandingIn(Guests, Callback):
         self._compared = Fidelity(classes=numbers_of_classes(self.slot.pl_module)) if compared else None
         dtype = self.slot.dtype
         stand = Stand(other, plain, on_cpu=True, fidelity=self._compared, reference=plain, dtype=dtype)
-        self._before.append(self.slot.run_instead(stand.eval()))
+        self._before.append(self.slot.run_instead(stand))
 
     def _stand_back(self) -> None:
         while self._before:

@@ -314,7 +314,7 @@ class GraphNetwork(KeepsExtraState):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything except what is made again: compiled functions, and graphs for other sizes with their constants."""
-        made = ("_run", "_run_at_inference", "_made_for", "_warned_of_sizes", "_graph_inputs")
+        made = ("_run", "_run_at_inference", "_made_for", "_warned_of_sizes", "_graph_inputs", "_compiled_call_impl")
         state = {name: value for name, value in self.__dict__.items() if name not in made}
         constants = {name for made_for in self.__dict__["_made_for"].values() for name in made_for.constants}
         state["_buffers"] = {name: value for name, value in self._buffers.items() if name not in constants}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ class LoadsQuantizedCheckpoints:
 def guard_loading(
     pl_module: LightningModule,
     prepared: Mapping[str, nn.Module],
-    prefixes: Mapping[str, str],
+    prefixes: Mapping[str, Sequence[str]],
     loaded: Callable[[], None],
 ) -> RemovableHandle:
     """Check every ``state_dict`` before it is loaded into a LightningModule with prepared networks.
@@ -156,7 +156,7 @@ def guard_loading(
     Args:
         pl_module: The LightningModule.
         prepared: Its prepared networks by name.
-        prefixes: Prefix of each network in the ``state_dict``, without the last dot.
+        prefixes: The prefixes of each network in the ``state_dict``, one for each of its names, without the last dot.
         loaded: Called just before a ``state_dict`` is loaded.
 
     Returns:
@@ -168,15 +168,15 @@ def guard_loading(
             return  # a partial state_dict; missing entries keep their values
         # Another module, such as an average of weights, may hold a copy of the LightningModule with its hooks.
         saved = {key for key in state_dict if key.startswith(outer) and key.endswith(STATE_KEY)}
-        inner = {name: outer + dotted(prefix) for name, prefix in prefixes.items()}
+        inner = {name: [outer + dotted(prefix) for prefix in names] for name, names in prefixes.items()}
         _refuse_other(state_dict, prepared, inner, saved)
         for name, network in prepared.items():
-            prefix = inner[name]
-            if prefix + STATE_KEY in state_dict:
-                here = network if module is pl_module else module.get_submodule(prefixes[name])
-                _take_order(here, state_dict, prefix)
-            elif not saved:
-                _complete(state_dict, network, prefix)
+            for prefix in inner[name]:
+                if prefix + STATE_KEY in state_dict:
+                    here = network if module is pl_module else module.get_submodule(prefixes[name][0])
+                    _take_order(here, state_dict, prefix)
+                elif not saved:
+                    _complete(state_dict, network, prefix)
         loaded()
 
     handle: RemovableHandle = pl_module.register_load_state_dict_pre_hook(guard)  # type: ignore[no-untyped-call]
@@ -184,30 +184,32 @@ def guard_loading(
 
 
 def refuse_other_checkpoint(
-    state: Mapping[str, Any], prepared: Mapping[str, nn.Module], prefixes: Mapping[str, str]
+    state: Mapping[str, Any], prepared: Mapping[str, nn.Module], prefixes: Mapping[str, Sequence[str]]
 ) -> None:
     """Raise if the networks in a LightningModule's ``state_dict`` were prepared with other settings.
 
     Args:
         state: ``state_dict`` of a run with quantization.
         prepared: The prepared networks by name.
-        prefixes: Prefix of each network in a ``state_dict``, without the last dot.
+        prefixes: The prefixes of each network in a ``state_dict``, one for each of its names, without the last dot.
 
     Raises:
         CheckpointMismatchError: The settings differ; the message lists both.
     """
     saved = {key for key in state if key.endswith(STATE_KEY)}
-    _refuse_other(state, prepared, {name: dotted(prefix) for name, prefix in prefixes.items()}, saved)
+    inner = {name: [dotted(prefix) for prefix in names] for name, names in prefixes.items()}
+    _refuse_other(state, prepared, inner, saved)
 
 
 def _refuse_other(
-    state: Mapping[str, Any], prepared: Mapping[str, nn.Module], inner: Mapping[str, str], saved: set[str]
+    state: Mapping[str, Any], prepared: Mapping[str, nn.Module], inner: Mapping[str, Sequence[str]], saved: set[str]
 ) -> None:
+    keys = {name: [prefix + STATE_KEY for prefix in prefixes] for name, prefixes in inner.items()}
     for name, network in prepared.items():
-        key = inner[name] + STATE_KEY
-        if key in state:
-            check_recipe(prepared_state(network).recipe, state[key])
-    expected = {prefix + STATE_KEY for prefix in inner.values()}
+        for key in keys[name]:
+            if key in state:
+                check_recipe(prepared_state(network).recipe, state[key])
+    expected = {key for of_one in keys.values() for key in of_one}
     if saved and saved != expected:
         raise CheckpointMismatchError(
             "The checkpoint was written by a run that quantized other modules: "

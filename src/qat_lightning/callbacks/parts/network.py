@@ -15,6 +15,8 @@ from torch.nn.modules.loss import _Loss
 from torchmetrics import Metric, MetricCollection
 
 from qat_lightning.callbacks.parts.precision import float_dtype
+from qat_lightning.callbacks.parts.references import Redirections, names_of, own_call, refusing, replace_everywhere
+from qat_lightning.callbacks.parts.variants import Stand
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.layers.operators import module_types
 from qat_lightning.modes.graph_network import GraphNetwork, GraphPart
@@ -214,6 +216,9 @@ def _lightning_class(own_forward_class: type[OwnForward]) -> type[LightningModul
 class Slot:
     """The place of one network in a LightningModule.
 
+    What runs there runs under all other references to the network as well: further names, wrappers, and Python objects
+    that hold it.
+
     Args:
         pl_module: The LightningModule.
         name: A dotted name, or `OWN_FORWARD`.
@@ -222,11 +227,20 @@ class Slot:
     def __init__(self, pl_module: LightningModule, name: str) -> None:
         self.pl_module = pl_module
         self.name = name
+        self._replaced: nn.Module | None = None
+        self._of_replaced = Redirections()
+        self._of_standing: list[tuple[nn.Module, Redirections]] = []
 
     @property
     def prefix(self) -> str:
         """Prefix of the network's keys in the LightningModule's ``state_dict``, without the last dot."""
         return "" if self.name == OWN_FORWARD else self.name
+
+    @property
+    def prefixes(self) -> list[str]:
+        """The prefixes under all names of the network; `prefix` first."""
+        others = names_of(self.pl_module, self.get()) if self.name != OWN_FORWARD else []
+        return [self.prefix, *(name for name in others if name != self.prefix)]
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -246,7 +260,10 @@ class Slot:
     def install(self, network: nn.Module) -> None:
         """Replace the float network permanently by a prepared one."""
         if self.name != OWN_FORWARD:
-            self._replace(network)
+            before = self.get()
+            replace_everywhere(self.pl_module, before, network)
+            self._replaced = before if before is not network else None
+            self.follow()
             return
         for kind in ("_modules", "_parameters", "_buffers"):
             self.pl_module.__dict__[kind].update(network.__dict__[kind])
@@ -267,21 +284,57 @@ class Slot:
             before = self.pl_module.__dict__.get("forward")
             self.pl_module.__dict__["forward"] = network.forward
             return before
-        before = self.pl_module.get_submodule(self.name)
-        self._replace(network)
+        before = self.get()
+        replace_everywhere(self.pl_module, before, network)
+        standing = Redirections()
+        standing.redirect(before, _unless_running(network, own_call(before)))
+        self._of_standing.append((network, standing))
         return before
 
     def run_again(self, before: Any) -> None:
         """Undo `run_instead`."""
         if self.name != OWN_FORWARD:
-            self._replace(before)
+            network, redirections = self._of_standing.pop()
+            redirections.remove()
+            replace_everywhere(self.pl_module, network, before)
         elif before is None:
             self.pl_module.__dict__.pop("forward", None)
         else:
             self.pl_module.__dict__["forward"] = before
 
-    def _replace(self, network: nn.Module) -> None:
-        parent, _, leaf = self.name.rpartition(".")
-        holder = self.pl_module.get_submodule(parent)
-        # Through the table of children, which works for containers (Sequential, ModuleList, ModuleDict) too.
-        holder._modules[leaf] = network
+    def runs(self, network: nn.Module) -> bool:
+        """Whether a network that was given to `run_instead` is still in the slot."""
+        if self.name == OWN_FORWARD:
+            return getattr(self.pl_module.__dict__.get("forward"), "__self__", None) is network
+        return self.get() is network
+
+    def follow(self) -> None:
+        """Let calls of a float network that was replaced run what is in the slot, until `leave`.
+
+        Its parts, and methods that code has kept, would run in float; they are refused.
+        """
+        self.leave()
+        if self._replaced is None:
+            return
+        self._of_replaced.redirect(self._replaced, lambda *args, **kwargs: self.get()(*args, **kwargs))
+        taken_over = set(self.get().modules())
+        for part in list(self._replaced.modules())[1:]:
+            if part not in taken_over:
+                self._of_replaced.redirect(part, refusing(self.name))
+
+    def leave(self) -> None:
+        """Let the float network that was replaced run itself again."""
+        self._of_replaced.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_of_standing": []}
+
+
+def _unless_running(network: nn.Module, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that runs a network that stands in, and within its own call what it stands in for."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        within = isinstance(network, Stand) and network.is_running
+        return plain(*args, **kwargs) if within else network(*args, **kwargs)
+
+    return run

@@ -75,6 +75,8 @@ class Placement:
         self._save_as_before = save_whole_files(trainer)
         networks = self.networks
         if networks.prepared and next(iter(networks.slots.values())).pl_module is pl_module:
+            for slot in networks.slots.values():
+                slot.follow()
             self._guard_loading(trainer, pl_module, loaded)
             refuse_checkpoint(trainer, networks)
             return
@@ -152,7 +154,7 @@ class Placement:
         def loading() -> None:
             loaded(f"checkpoint {trainer.ckpt_path}" if trainer.ckpt_path else "weights that were loaded")
 
-        prefixes = {name: slot.prefix for name, slot in self.networks.slots.items()}
+        prefixes = {name: slot.prefixes for name, slot in self.networks.slots.items()}
         self._guard = guard_loading(pl_module, self.networks.prepared, prefixes, loading)
 
     def renew_optimizer(self, checkpoint: dict[str, Any]) -> None:
@@ -177,6 +179,8 @@ class Placement:
 
     def leave_nothing(self) -> None:
         """Remove all hooks and patched methods."""
+        for slot in self.networks.slots.values():
+            slot.leave()
         if self._put_back is not None:
             self._put_back()
         if self._save_as_before is not None:

@@ -28,10 +28,15 @@ class ScheduleDriver:
 
     Args:
         schedule: The schedule points.
+
+    Attributes:
+        schedule: As given.
+        trains: Whether the present or last fit has trained a batch.
     """
 
     def __init__(self, schedule: QuantizationSchedule) -> None:
         self.schedule = schedule
+        self.trains = False
         self._plan: TrainingPlan | None = None
         self._counter = StepCounter()
         self._batchnorm = BatchNormFreeze()
@@ -50,6 +55,7 @@ class ScheduleDriver:
             trainer: The Trainer at the beginning of training, with its loops restored.
             phase: The phase reached before.
         """
+        self.trains = False
         self._plan = training_plan(trainer)
         self._counter.begin(trainer)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -78,7 +84,22 @@ class ScheduleDriver:
 
     def after_batch(self) -> None:
         """Report BatchNorm layers whose frozen statistics differ from those of the batch."""
+        self.trains = True
         self._batchnorm.say()
+
+    def why_no_range(self) -> str:
+        """Why the fit that has ended observed no range, and what to do."""
+        if self.trains:
+            return (
+                "No training step ran the network on finite values, so no range was observed and there is no int8 "
+                "network. Call the network in training_step, through the LightningModule (self.net(x)), or name the "
+                "one that is called with module=."
+            )
+        return (
+            "The fit ran no training step, so no range was observed and there is no int8 network: the run of "
+            "ckpt_path= had already ended. Increase max_epochs or max_steps of the Trainer; or, to begin from the "
+            "weights of a float run, load them with load_from_checkpoint and fit without ckpt_path=."
+        )
 
     def end(self) -> None:
         """Remove all hooks from optimizers and networks."""

@@ -223,7 +223,7 @@ def refuse_checkpoint(trainer: Trainer, networks: Networks) -> None:
     state = peek(path, trusted=trusts_checkpoint(trainer))
     if path is None or not (state or is_folder(path)):
         return
-    prefixes = {name: slot.prefix for name, slot in networks.slots.items()}
+    prefixes = {name: slot.prefixes for name, slot in networks.slots.items()}
     if holds_quantization(state):
         refuse_other_checkpoint(state, networks.prepared, prefixes)
         return

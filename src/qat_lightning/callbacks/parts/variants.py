@@ -45,8 +45,8 @@ class Stand(nn.Module):
 
     Args:
         network: The network to run. It is not registered as a child, so moving the LightningModule does not move it.
-        prepared: The replaced network. It is registered as a child, so parameters and metrics keep their places, and
-            its attributes stay accessible.
+        prepared: The replaced network. Its children, parameters and buffers are shared, so these keep their places, for
+            hooks that exchange weights as well, and its attributes stay accessible.
         on_cpu: Run on the CPU and move the outputs to the inputs' device.
         fidelity: If given, ``reference`` is run as well and the outputs are compared.
         reference: The network to compare with; ``prepared`` by default.
@@ -67,6 +67,9 @@ class Stand(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        for kind in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[kind] = prepared.__dict__[kind]
+        self.training = prepared.training
         self.__dict__["_network"] = network
         self.__dict__["_prepared"] = prepared
         self.__dict__["_reference"] = prepared if reference is None else reference
@@ -74,10 +77,32 @@ class Stand(nn.Module):
         self.fidelity = fidelity
         self.name = name
         self.dtype = dtype
+        self._depth = 0
         take_special_methods(self, type(prepared), _prepared)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether one of the two networks is being called."""
+        return self._depth > 0
+
+    def exchange(self, network: nn.Module) -> None:
+        """Run another network from now on."""
+        self.__dict__["_network"] = network
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the other network, and then the reference, which gets the same random numbers and uses up none."""
+        with self._running():
+            return self._forward(args, kwargs)
+
+    def _forward(self, args: Any, kwargs: Any) -> Any:
         network = self.__dict__["_network"]
         if self.fidelity is None or not self.on_cpu:
             return self._in_own_precision(self._call(network, args, kwargs))
@@ -127,7 +152,12 @@ class Stand(nn.Module):
             instead = None if name.startswith("_") else getattr(network, name, None)
             if instead is None:
                 return found
-            return lambda *args, **kwargs: self._in_own_precision(self._call(instead, args, kwargs))
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                with self._running():
+                    return self._in_own_precision(self._call(instead, args, kwargs))
+
+            return call
 
 
 def _prepared(stand: nn.Module) -> Any:

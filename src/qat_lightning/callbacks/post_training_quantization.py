@@ -224,6 +224,12 @@ class PostTrainingQuantization(QuantizationCallback):
         if trainer.state.fn == "validate":
             self._evaluate("validate", trainer, pl_module)
 
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Quantize again what hooks of the stage have changed."""
+        self._before_batch("validate", trainer, pl_module, batch)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the float network."""
         self._switch.stand_back()
@@ -235,8 +241,8 @@ class PostTrainingQuantization(QuantizationCallback):
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Take the labels of the batch into account, for the comparison with fake-quant."""
-        self._switch.see(batch)
+        """Take the labels of the batch into account; quantize again what hooks of the stage have changed."""
+        self._before_batch("test", trainer, pl_module, batch)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the float network, keep the agreement with fake-quant, and log the variant's metrics."""
@@ -245,6 +251,12 @@ class PostTrainingQuantization(QuantizationCallback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Quantize the present network, and predict with the chosen variant, by default int8."""
         self._evaluate("predict", trainer, pl_module)
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Quantize again what hooks of the stage have changed."""
+        self._before_batch("predict", trainer, pl_module, batch)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the float network."""
@@ -262,6 +274,12 @@ class PostTrainingQuantization(QuantizationCallback):
         if self._unlogged:  # no fit has logged them; the mode is known now
             self._log_settings(trainer)
         self._unlogged = False
+
+    def _before_batch(self, stage: str, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        if self._switch.begins and not self._copies.are_present():
+            self._switch.stand_back()
+            self._evaluate(stage, trainer, pl_module)
+        self._switch.see(batch)
 
     def _log_settings(self, trainer: Trainer) -> None:
         log_settings(trainer, self, list(self.chosen_modes.values()))

@@ -426,6 +426,12 @@ class QuantizationAwareTraining(QuantizationCallback):
         elif not trainer.sanity_checking:
             self._switch.observe("validate")
 
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Convert again what hooks of the stage have changed."""
+        self._switch.see(batch)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the prepared network."""
         self._switch.stand_back()
@@ -437,7 +443,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Take the labels of the batch into account, for the comparison with fake-quant."""
+        """Take the labels of the batch into account; convert again what hooks of the stage have changed."""
         self._switch.see(batch)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -447,6 +453,12 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Predict with the chosen variant, by default int8."""
         self._switch.stand_in("predict", trainer, pl_module)
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Convert again what hooks of the stage have changed."""
+        self._switch.see(batch)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the prepared network."""

@@ -19,6 +19,9 @@ from qat_lightning.measure.fidelity import Fidelity
 from qat_lightning.modes.prepared import observe_in_evaluation, set_phase
 from qat_lightning.settings.variants import VARIANTS, check_variant
 
+FAR_DB = 20.0
+"""SQNR of int8 against fake-quant below which a test warns: what exported files have to reach (``min_sqnr_db``)."""
+
 
 class VariantSwitch(Guests):
     """Runs the chosen or default variant in evaluations, and restores the network afterwards.
@@ -30,7 +33,8 @@ class VariantSwitch(Guests):
 
     Attributes:
         chosen: The variant chosen by the user; None for the default.
-        fidelity: Agreement of int8 with fake-quantization in the last test.
+        fidelity: Agreement of int8 with fake-quantization in its last test; empty if a test that should have run int8
+            ran something else.
         observe_stages: The stages in which ranges are updated.
     """
 
@@ -41,7 +45,8 @@ class VariantSwitch(Guests):
         self.observe_stages: tuple[str, ...] = ("train",)
         self._int8 = int8
         self._source = source
-        self._standing: dict[str, Any] = {}
+        self._standing: dict[str, tuple[Stand, Any]] = {}
+        self._begun = True
         self._compared: Fidelity | None = None
         self._running = ""
 
@@ -87,6 +92,9 @@ class VariantSwitch(Guests):
             for name, slot in self.networks.slots.items():
                 self._run_instead(name, Stand(self._guest, _plain(slot, pl_module), on_cpu=True, dtype=slot.dtype))
             return
+        if stage == "test" and self.chosen in (None, "int8"):
+            self.fidelity = {}
+        self._begun = False
         variant = self._variant_of(stage, trainer)
         self._running = variant
         # Without observed ranges nothing is rounded, not even weights, whose ranges are known.
@@ -115,12 +123,39 @@ class VariantSwitch(Guests):
             self._run_instead(name, stand)
 
     def _run_instead(self, name: str, stand: Stand) -> None:
-        self._standing[name] = self.networks.slots[name].run_instead(stand.eval())
+        self._standing[name] = stand, self.networks.slots[name].run_instead(stand)
+
+    @property
+    def begins(self) -> bool:
+        """Whether an evaluation has begun that has seen no batch."""
+        return not self._begun
 
     def see(self, batch: Any) -> None:
-        """Take the batch that is going to be tested into account: its labels show which outputs are classes."""
+        """Take the batch that is going to be evaluated into account: its labels show which outputs are classes.
+
+        At the first one all hooks of the stage have run. They may have changed weights, which are converted again, or
+        exchanged the network, which is reported.
+        """
+        if self.begins:
+            self._begun = True
+            self._follow_changes()
         if self._compared is not None:
             self._compared.data = batch
+
+    def _follow_changes(self) -> None:
+        for name, (stand, _) in self._standing.items():
+            if not self.networks.slots[name].runs(stand):
+                rank_zero_warn(
+                    f"{name!r} was exchanged for another module after the evaluation began, so that module runs and "
+                    f"not {self._running}; nothing is logged as {self._running}. To evaluate an average of weights, "
+                    "copy its values into the network (they are converted), or use Lightning's EMAWeightAveraging, "
+                    "listed after the quantizing callback."
+                )
+                self._running = ""
+        if self._running == "int8" and self._int8.notice_changes():
+            self._int8.make()
+            for name, (stand, _) in self._standing.items():
+                stand.exchange(self._int8[name])
 
     def _variant_of(self, stage: str, trainer: Trainer) -> str:
         variant = self.chosen or self._source.default(stage)
@@ -164,14 +199,26 @@ class VariantSwitch(Guests):
         """After a test: keep the agreement with fake-quantization, restore the network, and log the metrics."""
         # A collective operation, so only where every process calls it.
         if self._compared is not None:
-            self.fidelity = self._compared.compute()
+            found = self._compared.compute()
+            self.fidelity = found if self._running else {}
+            self._warn_of_distance()
         self.stand_back()
         if self._running and self.chosen is None:  # code that chooses a variant logs its metrics itself
             log_tested(trainer, self._running)
 
+    def _warn_of_distance(self) -> None:
+        sqnr = self.fidelity.get("sqnr_db", FAR_DB)
+        if sqnr < FAR_DB and self.networks.prepared:  # without fake-quant, float is what int8 is compared with
+            rank_zero_warn(
+                f"int8 is {sqnr:.1f} dB from fake-quant in this test, less than {FAR_DB:.0f} dB: its metrics are not "
+                "those of the network that was trained. Weights or dropout that change during the test have this "
+                "effect; otherwise quantized.whole has the comparison from the conversion."
+            )
+
     def stand_back(self) -> None:
         """Restore the network and its phase."""
-        for name, before in self._standing.items():
+        self._begun = True
+        for name, (_, before) in self._standing.items():
             self.networks.slots[name].run_again(before)
         self._standing, self._compared = {}, None
         self.networks.apply(self.networks.phase)

@@ -15,6 +15,7 @@ from qat_lightning.errors import CheckpointMismatchError, ConfigurationError
 from qat_lightning.graph.module_order import list_parameters_as_usual, order_by_keys
 from qat_lightning.graph.scopes import dotted
 from qat_lightning.modes.prepared import PreparedState, check_recipe, float_keys, prepared_state
+from qat_lightning.modes.sharded import is_sharded
 from qat_lightning.numerics.state_entries import from_entry, without_placeholders
 from qat_lightning.recipes.folding import unfold_state
 from qat_lightning.storage import Place, is_folder, place
@@ -181,6 +182,40 @@ def guard_loading(
 
     handle: RemovableHandle = pl_module.register_load_state_dict_pre_hook(guard)  # type: ignore[no-untyped-call]
     return handle
+
+
+def exchange_weights(pl_module: LightningModule, prepared: Mapping[str, nn.Module]) -> list[RemovableHandle]:
+    """Let prepared networks and float networks of their classes load each other's ``state_dict``, in both directions.
+
+    A target network that is not quantized is often synchronized in training:
+    ``self.target.load_state_dict(self.net.state_dict())``. It takes the float entries; the prepared network keeps its
+    ranges.
+
+    Args:
+        pl_module: The LightningModule.
+        prepared: Its prepared networks by name.
+
+    Returns:
+        Handles that end this.
+    """
+    classes = {type(prepared_state(network).float_network) for network in prepared.values()}
+    own = {module for network in prepared.values() for module in network.modules()}
+    others = [module for module in pl_module.modules() if type(module) in classes and module not in own]
+    hooks = [(module, _leave_out_quantization) for module in others]
+    hooks += [(network, _keep_quantization) for network in prepared.values() if not is_sharded(network)]
+    return [module.register_load_state_dict_pre_hook(hook) for module, hook in hooks]  # type: ignore[no-untyped-call]
+
+
+def _leave_out_quantization(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    if any(key.startswith(prefix) for key in state_dict if key.endswith(STATE_KEY)):
+        entries = float_state_dict(state_dict)
+        state_dict.clear()
+        state_dict.update(entries)
+
+
+def _keep_quantization(network: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    if prefix + STATE_KEY not in state_dict:
+        _complete(state_dict, network, prefix)
 
 
 def refuse_other_checkpoint(

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.hooks import RemovableHandle
 
 from qat_lightning.callbacks.parts.checkpoint_io import save_whole_files
-from qat_lightning.callbacks.parts.checkpoints import guard_loading, holds_quantization
+from qat_lightning.callbacks.parts.checkpoints import exchange_weights, guard_loading, holds_quantization
 from qat_lightning.callbacks.parts.example import try_test_step
 from qat_lightning.callbacks.parts.float_weights import FloatWeights
 from qat_lightning.callbacks.parts.learned import keep_from_ddp, learned_parameters
@@ -47,7 +47,7 @@ class Placement:
         self.networks = networks
         self._preparation = preparation
         self._floats = floats
-        self._guard: RemovableHandle | None = None
+        self._guards: list[RemovableHandle] = []
         self._put_back: Callable[[], None] | None = None
         self._save_as_before: Callable[[], None] | None = None
 
@@ -155,7 +155,8 @@ class Placement:
             loaded(f"checkpoint {trainer.ckpt_path}" if trainer.ckpt_path else "weights that were loaded")
 
         prefixes = {name: slot.prefixes for name, slot in self.networks.slots.items()}
-        self._guard = guard_loading(pl_module, self.networks.prepared, prefixes, loading)
+        self._guards.append(guard_loading(pl_module, self.networks.prepared, prefixes, loading))
+        self._guards += exchange_weights(pl_module, self.networks.prepared)
 
     def renew_optimizer(self, checkpoint: dict[str, Any]) -> None:
         """Reset the optimizer if parameters differ between a float checkpoint and the prepared networks."""
@@ -186,6 +187,5 @@ class Placement:
         if self._save_as_before is not None:
             self._save_as_before()
             self._save_as_before = None
-        if self._guard is not None:
-            self._guard.remove()
-            self._guard = None
+        while self._guards:
+            self._guards.pop().remove()

@@ -90,6 +90,12 @@ def test_unclear(kind: type[Holder]) -> None:
     assert ("own forward" in str(caught.value)) == (kind is HolderWithForward)
 
 
+def test_a_network_that_trains_is_suggested_before_a_frozen_one() -> None:
+    module = Holder(teacher=perceptron().requires_grad_(False), student=perceptron())
+    with pytest.raises(NetworkError, match=r"'student' \(Sequential\), 'teacher'.* module='student', a list"):
+        find_networks(module, None)
+
+
 def test_parts_of_a_list_are_named_where_it_is_not_clear() -> None:
     module = Holder(layers=nn.ModuleList([nn.Linear(2, 2), nn.ReLU(), perceptron()]))
     with pytest.raises(NetworkError, match=r"'layers.0' \(Linear\), 'layers.2' \(Sequential\)"):

@@ -59,6 +59,7 @@ def find_networks(pl_module: LightningModule, module: str | Sequence[str] | None
         return [OWN_FORWARD]
     if len(candidates) == 1:
         return list(candidates)
+    candidates = dict(sorted(candidates.items(), key=lambda item: not _trains(item[1])))
     listed = ", ".join(f"{name!r} ({type(child).__name__})" for name, child in candidates.items())
     own = f", or module={OWN_FORWARD!r} for {type(pl_module).__name__}'s own forward" if has_forward else ""
     raise NetworkError(
@@ -125,6 +126,10 @@ def _can_be_called(module: nn.Module) -> bool:
 
 def _has_quantizable(module: nn.Module) -> bool:
     return any(isinstance(inner, _QUANTIZABLE) for inner in module.modules())
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 @contextmanager

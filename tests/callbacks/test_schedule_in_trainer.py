@@ -321,3 +321,16 @@ def test_an_interruption_names_a_checkpoint_only_if_there_is_one(
     assert says in caplog.text
     callback.convert()
     assert callback.quantized is not None, "as the message says"
+
+
+def test_a_trainer_that_has_counted_the_steps_of_another_model_is_reported() -> None:
+    run = trainer(qat(start=0.5), max_epochs=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*has already counted")
+        module = Lit()
+        run.fit(module, loader())
+        run.fit_loop.max_epochs = 2
+        run.fit(module, loader())
+    run.fit_loop.epoch_progress.reset()
+    with pytest.warns(UserWarning, match="already counted 8 steps of another model.* Use a new Trainer for each model"):
+        run.fit(Lit(), loader())

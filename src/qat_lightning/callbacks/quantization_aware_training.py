@@ -283,6 +283,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def _was_prepared(self) -> None:
         self._int8.forget()
+        self._driver.new_networks = True
         self._int8.made_from, self.fidelity = "the present weights", {}
 
     def _was_loaded(self, source: str) -> None:

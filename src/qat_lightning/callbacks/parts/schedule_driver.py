@@ -32,11 +32,13 @@ class ScheduleDriver:
     Attributes:
         schedule: As given.
         trains: Whether the present or last fit has trained a batch.
+        new_networks: Whether networks were prepared that no fit has trained yet.
     """
 
     def __init__(self, schedule: QuantizationSchedule) -> None:
         self.schedule = schedule
         self.trains = False
+        self.new_networks = False
         self._plan: TrainingPlan | None = None
         self._counter = StepCounter()
         self._batchnorm = BatchNormFreeze()
@@ -58,6 +60,12 @@ class ScheduleDriver:
         self.trains = False
         self._plan = training_plan(trainer)
         self._counter.begin(trainer)
+        if self.new_networks and trainer.global_step and not trainer.ckpt_path:
+            rank_zero_warn(
+                f"This Trainer has already counted {trainer.global_step} steps of another model, and the schedule "
+                "counts on from them: its points may come too early for this one. Use a new Trainer for each model."
+            )
+        self.new_networks = False
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return  # a test of one step, which reaches nothing
         for message, grave in unreached(trainer, self.schedule, self._plan, phase):

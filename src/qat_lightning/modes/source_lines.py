@@ -40,9 +40,13 @@ def _folders(package: str) -> list[str]:
 def reason_of(error: Exception) -> str:
     """Where in the network's code an export failed, and why; for messages."""
     where = _line_of_export(error) or line_at_fault(error)
+    prefix = f"at {where} " if where else ""
+    # An exception that the network's own code raised; by name, because importing torch._dynamo takes seconds.
+    if type(error.__cause__).__name__.startswith("Observed"):
+        return f"{prefix}({str(error.__cause__).removeprefix('raised exception ')})"
     text = re.split(r"\n\s*(?:from user code|Set TORCH|The above exception)", str(error))[0].strip()
     reason = " ".join(text.split())[:300]
-    return (f"at {where} " if where else "") + f"({type(error).__name__}: {reason})"
+    return f"{prefix}({type(error).__name__}: {reason})"
 
 
 def _line_of_export(error: Exception) -> str:

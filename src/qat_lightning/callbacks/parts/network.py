@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch.fx._symbolic_trace import is_fx_tracing
 from torch.nn.modules.loss import _Loss
 from torchmetrics import Metric, MetricCollection
 
@@ -182,6 +183,26 @@ class OwnForward(nn.Module):
             if name.startswith("__") or "_lightning_module" not in self.__dict__:
                 raise
             return getattr(self.__dict__["_lightning_module"], name)
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """Log as the LightningModule does, where this stands in for its ``forward``; log nothing in other calls."""
+        self._log_by("log", *args, **kwargs)
+
+    def log_dict(self, *args: Any, **kwargs: Any) -> None:
+        """See `log`."""
+        self._log_by("log_dict", *args, **kwargs)
+
+    def _log_by(self, method: str, *args: Any, **kwargs: Any) -> None:
+        if is_fx_tracing() or torch.compiler.is_compiling():
+            raise NetworkError(
+                f"The forward of {type(self).__name__} calls self.{method}, and a graph of it would log nothing: log "
+                "in the steps instead (training_step, validation_step, test_step), or use mode='eager', which runs "
+                "forward itself."
+            )
+        pl_module = self.__dict__.get("_lightning_module")
+        stand = None if pl_module is None else getattr(pl_module.__dict__.get("forward"), "__self__", None)
+        if isinstance(stand, Stand) and stand.runs_its_own:
+            getattr(pl_module, method)(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OwnForward:
         """Copy the layers, but not the LightningModule with its Trainer and data."""

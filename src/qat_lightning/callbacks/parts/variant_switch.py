@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -232,11 +234,27 @@ def _plain(slot: Slot, pl_module: LightningModule) -> nn.Module:
 
 
 class _Bound(nn.Module):
-    """Wraps the LightningModule's own forward while it is replaced."""
+    """Wraps the LightningModule's own forward while it is replaced. What it logs is not logged a second time."""
 
     def __init__(self, pl_module: LightningModule) -> None:
         super().__init__()
         self.__dict__["_forward"] = pl_module.forward
+        self.__dict__["_pl_module"] = pl_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["_forward"](*args, **kwargs)
+        with _logging_nothing(self.__dict__["_pl_module"]):
+            return self.__dict__["_forward"](*args, **kwargs)
+
+
+@contextmanager
+def _logging_nothing(pl_module: LightningModule) -> Iterator[None]:
+    own = {name: pl_module.__dict__.get(name) for name in ("log", "log_dict")}
+    pl_module.__dict__.update(dict.fromkeys(own, lambda *args, **kwargs: None))
+    try:
+        yield
+    finally:
+        for name, method in own.items():
+            if method is None:
+                del pl_module.__dict__[name]
+            else:
+                pl_module.__dict__[name] = method

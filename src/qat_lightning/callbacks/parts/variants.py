@@ -78,12 +78,18 @@ class Stand(nn.Module):
         self.name = name
         self.dtype = dtype
         self._depth = 0
+        self._compares = False
         take_special_methods(self, type(prepared), _prepared)
 
     @property
     def is_running(self) -> bool:
         """Whether one of the two networks is being called."""
         return self._depth > 0
+
+    @property
+    def runs_its_own(self) -> bool:
+        """Whether the network that stands in is being called, and not the one that it is compared with."""
+        return self._depth > 0 and not self._compares
 
     def exchange(self, network: nn.Module) -> None:
         """Run another network from now on."""
@@ -112,8 +118,12 @@ class Stand(nn.Module):
         def expected() -> Any:
             reference = self.__dict__["_reference"]
             own_args, own_kwargs = self._in_precision_of(reference, (args, kwargs))
-            with same_random_numbers(state=random_state):
-                return reference(*own_args, **own_kwargs)
+            self._compares = True
+            try:
+                with same_random_numbers(state=random_state):
+                    return reference(*own_args, **own_kwargs)
+            finally:
+                self._compares = False
 
         self.fidelity.compare(expected, outputs, (args, kwargs), self.name)
         return self._in_own_precision(outputs)

@@ -84,7 +84,8 @@ def test_an_average_that_hooks_copy_in_is_what_int8_tests_and_predicts(mode: str
     assert tested["test/loss"] == pytest.approx(validated["val/loss"], rel=1e-3)
     assert callback.fidelity["sqnr_db"] > 40
     plain = callback.quantized(IMAGES)
-    predicted = torch.cat(run.predict(module, loader()))
+    batches: Any = run.predict(module, loader())
+    predicted = torch.cat(batches)
     assert F.cross_entropy(predicted, LABELS).item() == pytest.approx(tested["test/loss"], rel=1e-4)
     assert not torch.allclose(predicted, plain, atol=1e-3), "the average is not what the network trains with"
     assert torch.equal(callback.quantized(IMAGES), plain)
@@ -157,6 +158,8 @@ def test_the_agreement_of_an_earlier_test_is_not_that_of_a_later_one() -> None:
 
 class Drifting(Lit):
     """Changes its weights while it is tested."""
+
+    net: Any
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         super().test_step(batch, batch_idx)

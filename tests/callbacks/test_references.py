@@ -22,21 +22,21 @@ IMAGES = dataset()[:32][0]
 
 
 class Wrapper(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: Any) -> None:
         super().__init__()
         self.inner = inner
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.inner(x)
 
 
 class Sampler:
     """No module, as the helpers of diffusion models are."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: Any) -> None:
         self.net = net
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Any:
         return self.net(x)
 
 
@@ -133,33 +133,42 @@ def test_a_float_checkpoint_with_several_names_is_loaded_into_a_run(tmp_path: Pa
 class Part(Lit):
     """Keeps a part of its network, which its step calls."""
 
+    net: Any
+    kept: Any
+
     def __init__(self) -> None:
         super().__init__()
         self.kept = [self.net.features]
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
         return super().training_step(batch, batch_idx) + self.kept[0](batch[0]).square().mean()
 
 
 class Method(Lit):
     """Keeps the forward of its network, which its step calls after the network."""
 
+    net: Any
+    kept: Any
+
     def __init__(self) -> None:
         super().__init__()
         self.kept = self.net.forward
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
         return super().training_step(batch, batch_idx) + self.kept(batch[0]).square().mean()
 
 
 class NamedPart(Lit):
     """Has a part of its network as an attribute of its own."""
 
+    net: Any
+    kept: Any
+
     def __init__(self) -> None:
         super().__init__()
         self.kept = self.net.features
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
         return super().training_step(batch, batch_idx) + self.kept(batch[0]).square().mean()
 
 

@@ -32,7 +32,7 @@ def checksum(prepared: nn.Module) -> int:
     found = 0
     for tensor in () if is_sharded(prepared) else _tensors(prepared):
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        found = zlib.crc32(values.numpy(), found)
+        found = zlib.crc32(values.numpy().data, found)
     return found
 
 

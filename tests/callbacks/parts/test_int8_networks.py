@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -39,29 +40,29 @@ def test_they_are_made_once_until_they_are_stale() -> None:
     assert torch.equal(int8.quantized(IMAGES), first(IMAGES))
 
 
-def _multiplied(network: nn.Module) -> None:
+def _multiplied(network: Any) -> None:
     with torch.no_grad():
         network.head.weight.mul_(-1)
 
 
-def _copied_behind_the_version(network: nn.Module) -> None:
+def _copied_behind_the_version(network: Any) -> None:
     network.head.weight.data.copy_(-network.head.weight.data)
 
 
-def _exchanged(network: nn.Module) -> None:
+def _exchanged(network: Any) -> None:
     network.head.weight.data = -network.head.weight.data
 
 
-def _loaded(network: nn.Module) -> None:
+def _loaded(network: Any) -> None:
     entries = network.state_dict()
     network.load_state_dict(entries | {"head.weight": -entries["head.weight"]})
 
 
-def _permuted(network: nn.Module) -> None:
+def _permuted(network: Any) -> None:
     network.head.weight.data.copy_(network.head.weight.data.flip(1))
 
 
-def _statistics(network: nn.Module) -> None:
+def _statistics(network: Any) -> None:
     network.norm.running_mean.add_(1.0)
 
 

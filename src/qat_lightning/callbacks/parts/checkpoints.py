@@ -201,9 +201,9 @@ def exchange_weights(pl_module: LightningModule, prepared: Mapping[str, nn.Modul
     classes = {type(prepared_state(network).float_network) for network in prepared.values()}
     own = {module for network in prepared.values() for module in network.modules()}
     others = [module for module in pl_module.modules() if type(module) in classes and module not in own]
-    hooks = [(module, _leave_out_quantization) for module in others]
+    hooks: list[tuple[nn.Module, Callable[..., None]]] = [(module, _leave_out_quantization) for module in others]
     hooks += [(network, _keep_quantization) for network in prepared.values() if not is_sharded(network)]
-    return [module.register_load_state_dict_pre_hook(hook) for module, hook in hooks]  # type: ignore[no-untyped-call]
+    return [module.register_load_state_dict_pre_hook(hook) for module, hook in hooks]
 
 
 def _leave_out_quantization(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

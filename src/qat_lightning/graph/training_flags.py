@@ -59,6 +59,16 @@ def evaluating(*roots: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def training(root: nn.Module) -> Iterator[None]:
+    """A network in training within the block; its parts that are kept in evaluation while it trains stay there."""
+    with flags_kept(root) as modules:
+        if not root.training:  # as a whole, as after loading: it is trained nevertheless
+            for module in modules:
+                module.training = True
+        yield
+
+
 def overrides_train(network: nn.Module) -> bool:
     """Whether any module of a network overrides ``train``."""
     return any(type(module).train is not nn.Module.train for module in network.modules())

@@ -118,9 +118,12 @@ class _Comparison:
             self.checks.append(min(rows, key=lambda row: (not row.fault, row.sqnr_db)))
 
     def _compare_call(self, layer: Int8Layer, head: ChainHead, tap: Tap) -> LayerCheck:
+        op = f"{type(layer.op).__module__}.{type(layer.op).__name__} ({self.target.engine})"
+        if not tap.grid.seen:
+            fault = "no range of its input is known: no training step called it with an input from there"
+            return LayerCheck(layer.chain.name, op, -torch.inf, torch.nan, fault)
         scale, zero_point = tap.grid.calculate_qparams()
         quantized = torch.quantize_per_tensor(tap.input.float(), float(scale), int(zero_point), layer.activation_dtype)
-        op = f"{type(layer.op).__module__}.{type(layer.op).__name__} ({self.target.engine})"
         if tap.source is not None and (fault := self._input_fault(head, tap, quantized)):
             return LayerCheck(layer.chain.name, op, -torch.inf, torch.nan, fault)
         assert tap.output is not None

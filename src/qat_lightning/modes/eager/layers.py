@@ -205,9 +205,20 @@ class ChainHead(CountsCalls, _Layer):
         return self.weight_fake_quant.left_float
 
     @property
+    def is_unknown(self) -> bool:
+        """Whether it runs as the plain layer, because no range of its output is known, nor observed now.
+
+        No training step called it. It has no int8 form either, so that the layers after it get a float input.
+        """
+        fq = self.output_fake_quant
+        if not fq.fake_quant_enabled or fq.observes or torch.compiler.is_compiling():
+            return False
+        return not fq.seen
+
+    @property
     def shares_grid(self) -> bool:
         """Whether its input is on the grid of another chain's output."""
-        return bool(self.grid_of) and not self.grid_of[0].left_float
+        return bool(self.grid_of) and not self.grid_of[0].left_float and not self.grid_of[0].is_unknown
 
     @property
     def input_grid(self) -> FakeQuantize:
@@ -233,7 +244,7 @@ class ChainHead(CountsCalls, _Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Round an input that is not on a grid yet, and run the layer with its rounded weight."""
-        if self.left_float:
+        if self.left_float or decided_once(lambda: self.is_unknown):
             return self._run_float(input)  # not marked, so the modules after it are not part of a chain
         with _versioned():
             grids = self.grids
@@ -266,7 +277,7 @@ class ChainHead(CountsCalls, _Layer):
         mark = _mark_of(input)
         if mark is not None and mark.complete and mark.chain.course is self.course:
             grid, x = mark.grids.output_fake_quant, input
-        elif self.shares_grid:
+        elif decided_once(lambda: self.shares_grid):
             grid = self.grid_of[0].output_fake_quant
             x = grid.round(input)  # this tensor must not update the range
         else:

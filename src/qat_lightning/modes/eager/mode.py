@@ -39,6 +39,7 @@ from qat_lightning.modes.eager.layers import LINKS, ChainHead, become, without_f
 from qat_lightning.modes.eager.make import make_int8
 from qat_lightning.modes.eager.observation import CHAIN_TYPES, HEAD_TYPES, Observation, observe, run_apart
 from qat_lightning.modes.eager.outputs import plain_outputs
+from qat_lightning.modes.eager.run_in_training import as_in_training
 from qat_lightning.modes.eager.tables import fill_tables, find_tables, make_integer, round_tables, rounded_tables
 from qat_lightning.modes.layer_schemes import give_layers_their_grids
 from qat_lightning.modes.left_float import follow_checkpoints, leave_weights_float, with_reasons
@@ -64,6 +65,8 @@ from qat_lightning.modes.qconfig import make_qconfig
 from qat_lightning.numerics.recomputation import keep_tapes
 from qat_lightning.settings.engines import packing_engine
 from qat_lightning.settings.recipe import Recipe
+
+_UNSEEN = "its range was never observed: training did not call it, or the checkpoint has no range of it"
 
 
 class EagerMode:
@@ -99,6 +102,8 @@ class EagerMode:
         prefix: str,
     ) -> nn.Module:
         chains, reasons = find_chains(network, observation, recipe, prefix)
+        if recipe.kind == "qat":
+            chains = as_in_training(chains, network, example, recipe, prefix, heads=observation.heads)
         tables, float_tables = find_tables(network, observation, chains, recipe, prefix)
         reasons |= float_tables
         if not tables and not any(chain.reached for chain in chains):
@@ -320,11 +325,7 @@ def _plan_of_seen(
         for chain in plan["chains"]
         if heads[chain["name"]].output_fake_quant.seen and not heads[chain["name"]].left_float
     ]
-    unseen = {
-        chain["name"]: left_float.get(chain["name"], "its range was never observed, because training did not call it")
-        for chain in plan["chains"]
-        if chain not in chains
-    }
+    unseen = {chain["name"]: left_float.get(chain["name"], _UNSEEN) for chain in plan["chains"] if chain not in chains}
     unseen |= {name: left_float[name] for name, _ in plan["tables"] if name in left_float}
     tables = [row for row in plan["tables"] if row[0] not in left_float]
     return {**plan, "chains": chains, "tables": tables, "float": {**plan["float"], **unseen}}

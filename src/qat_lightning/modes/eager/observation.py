@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from qat_lightning.graph.buffers import write_back
 from qat_lightning.graph.example import Example, running_its_example
 from qat_lightning.graph.structures import look_into
-from qat_lightning.graph.training_flags import evaluating
+from qat_lightning.graph.training_flags import evaluating, training
 from qat_lightning.layers.operators import module_types
 from qat_lightning.layers.transformer import Projection
 from qat_lightning.modes.without_arithmetic import nested
@@ -164,7 +164,12 @@ def _size_given(input: Tensor, output_size: Any = None) -> bool:
 
 
 def observe(
-    network: nn.Module, example: Example, context: Inside = None, *, heads: tuple[type[nn.Module], ...] = HEAD_TYPES
+    network: nn.Module,
+    example: Example,
+    context: Inside = None,
+    *,
+    heads: tuple[type[nn.Module], ...] = HEAD_TYPES,
+    trains: bool = False,
 ) -> Observation:
     """Run ``network`` once and record it, within a context; see `run_apart` and `Observation`.
 
@@ -179,7 +184,9 @@ def observe(
             handles.append(module.register_forward_hook(observation.leave, with_kwargs=True))
     try:
         with running_its_example(network):
-            observation.result = run_apart(network, example, nested(context or nullcontext(), observation))
+            observation.result = run_apart(
+                network, example, nested(context or nullcontext(), observation), trains=trains
+            )
     finally:
         for handle in handles:
             handle.remove()
@@ -188,8 +195,8 @@ def observe(
 
 
 @torch.no_grad()
-def run_apart(network: nn.Module, example: Example, inside: Inside = None) -> Any:
-    """Run ``network`` in eval mode without grad; module, buffers, example and RNG stay unchanged.
+def run_apart(network: nn.Module, example: Example, inside: Inside = None, *, trains: bool = False) -> Any:
+    """Run ``network`` in eval or training mode without grad; module, buffers, example and RNG stay unchanged.
 
     A parameter whose data ``forward`` assigns, as ``self.weight.data = ...`` does, gets its own back.
     """
@@ -199,15 +206,15 @@ def run_apart(network: nn.Module, example: Example, inside: Inside = None) -> An
     args, kwargs = tree_map(
         lambda v: v.detach().to(device).clone() if isinstance(v, Tensor) else v, (example.args, example.kwargs)
     )
-    with _left_alone(network, device), inside or nullcontext():
+    with _left_alone(network, device, trains), inside or nullcontext():
         result = network(*args, **kwargs)
     look_into(result)
     return result
 
 
 @contextmanager
-def _left_alone(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Eval mode; flags, buffers, assigned parameters and random state are restored at the end of the block."""
+def _left_alone(network: nn.Module, device: torch.device, trains: bool) -> Iterator[None]:
+    """Eval or training mode; flags, buffers, assigned parameters and random state are restored at the end."""
     data = [(parameter, parameter.data) for parameter in network.parameters()]
     buffers = [
         (module, name, buffer, None if buffer is None else buffer.detach().clone())
@@ -215,7 +222,8 @@ def _left_alone(network: nn.Module, device: torch.device) -> Iterator[None]:
         for name, buffer in module._buffers.items()
     ]
     try:
-        with evaluating(network), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        mode = training(network) if trains else evaluating(network)
+        with mode, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
         for parameter, before in data:

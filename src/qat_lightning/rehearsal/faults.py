@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import nn
 
-from qat_lightning.errors import ConfigurationError, MissingExtraError, NetworkError, VerificationError, first_line
+from qat_lightning.errors import (
+    ConfigurationError,
+    ConversionError,
+    MissingExtraError,
+    NetworkError,
+    QuantizationError,
+    VerificationError,
+    first_line,
+)
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.scopes import join
 from qat_lightning.layers.operators import WEIGHTED
@@ -15,6 +24,7 @@ from qat_lightning.modes.left_float import layer_of, leave_float, leaving_float
 from qat_lightning.modes.prepared import cpu_copy, prepared_state
 from qat_lightning.modes.protocol import Converted
 from qat_lightning.modes.registry import mode_for
+from qat_lightning.modes.replaced import take_replaced
 from qat_lightning.modes.uncalibrated import quantize
 from qat_lightning.settings.recipe import Recipe
 
@@ -74,7 +84,14 @@ def convert_what_can_be(prepared: nn.Module, example: Example) -> Conversion:
     def parts() -> list[str]:
         return mode.parts(prepared)
 
-    conversion = _search(attempt, parts, state.float_network, state.recipe)
+    replaced = take_replaced(prepared)
+    try:
+        conversion = _search(attempt, parts, state.float_network, state.recipe, replaced)
+    except QuantizationError as error:
+        if not replaced:
+            raise
+        what = "; ".join(f"{join(state.prefix, name)!r}: {why}" for name, why in replaced.items())
+        raise ConversionError(f"{what}. With it there is no int8 network: {error}") from error
     leave_float(prepared, conversion.left_float, example)
     return conversion
 
@@ -119,9 +136,10 @@ def _search(
     parts: Callable[[], list[str]],
     network: nn.Module,
     recipe: Recipe,
+    replaced: Mapping[str, str] = MappingProxyType({}),
 ) -> Conversion:
     """Leave faulty parts float, until a conversion succeeds."""
-    left: dict[str, str] = {}
+    left = dict(replaced)
     first: Exception | None = None
     for turn in range(_ROUNDS):
         try:

@@ -46,7 +46,7 @@ def float_state_dict(checkpoint: Mapping[str, Any] | str | Path) -> dict[str, An
     for key in [key for key in state if key.endswith(STATE_KEY)]:
         prefix, extra = key.removesuffix(STATE_KEY), from_entry(state[key])
         for added in extra["added_keys"]:
-            del state[prefix + added]
+            state.pop(prefix + added, None)  # its layer may have been replaced since
         unfold_state(state, extra.get("folded", {}), prefix)
     return state
 

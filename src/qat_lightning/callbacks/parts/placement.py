@@ -30,6 +30,7 @@ from qat_lightning.callbacks.parts.sharding import (
 from qat_lightning.callbacks.parts.together import averages_of, refuse_averages, refuse_shared
 from qat_lightning.modes.captured_once import captured_once
 from qat_lightning.modes.prepared import is_prepared, prepared_state
+from qat_lightning.modes.replaced import refuse_replaced, replaced_layers
 from qat_lightning.modes.sharded import is_sharded, keep_form
 from qat_lightning.recipes.reworking import reworks
 
@@ -75,6 +76,7 @@ class Placement:
         self._save_as_before = save_whole_files(trainer)
         networks = self.networks
         if networks.prepared and next(iter(networks.slots.values())).pl_module is pl_module:
+            self._see_replaced(stage, loaded)
             for slot in networks.slots.values():
                 slot.follow()
             self._guard_loading(trainer, pl_module, loaded)
@@ -102,6 +104,14 @@ class Placement:
         pl_module.__dict__["configure_model"] = configure_model
         self._put_back = put_back
 
+    def _see_replaced(self, stage: str, loaded: Callable[[str], None]) -> None:
+        """Refuse to train on with layers that were replaced since; otherwise, int8 networks have to be made again."""
+        for name, network in self.networks.prepared.items():
+            if stage == "fit":
+                refuse_replaced(network, name)
+            elif replaced_layers(network).keys() - prepared_state(network).left_float.keys():
+                loaded("the present weights")
+
     def _prepare_to_shard(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prepare before ``configure_model`` shards: afterwards each process has only a part of each layer."""
         self._prepare(trainer, pl_module, stage)
@@ -124,7 +134,7 @@ class Placement:
             adopted = all(is_prepared(network) for network in prepared.values())
             if adopted:
                 refuse_shared(trainer, prepared)
-                preparation.check_adopted(prepared)
+                preparation.check_adopted(prepared, stage)
             else:
                 self._floats.check(slots)
                 networks.decisions = preparation.decide_all(trainer, slots, examples, stage)

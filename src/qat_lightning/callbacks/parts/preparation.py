@@ -41,6 +41,7 @@ from qat_lightning.modes.layer_schemes import check_overrides_of
 from qat_lightning.modes.left_float import leave_float
 from qat_lightning.modes.prepared import prepared_state
 from qat_lightning.modes.registry import mode_for
+from qat_lightning.modes.replaced import refuse_replaced
 from qat_lightning.modes.uncalibrated.adapters import refuse_adapters
 from qat_lightning.processes import in_first, several_processes
 from qat_lightning.recipes.reworking import Reworking, reworks
@@ -236,9 +237,11 @@ class Preparation:
             for note in reworking.notes if reworking is not None else ():
                 rank_zero_info(f"{name!r}. {note}")
 
-    def check_adopted(self, prepared: Mapping[str, nn.Module]) -> None:
+    def check_adopted(self, prepared: Mapping[str, nn.Module], stage: str) -> None:
         """Use networks that are already prepared (for example by a copy of this callback), if the settings agree."""
         for name, network in prepared.items():
+            if stage == "fit":
+                refuse_replaced(network, name)
             recipe = prepared_state(network).recipe
             settings = self.networks.settings
             wanted = settings.recipe_for(recipe.mode if settings.mode == "auto" else settings.mode)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qat_lightning.checks import LayerCheck, WholeCheck
-from qat_lightning.errors import CheckpointMismatchError, ConversionError, NetworkError
+from qat_lightning.errors import CheckpointMismatchError, ConversionError, NetworkError, VerificationError
 from qat_lightning.graph.example import Example, in_float32
 from qat_lightning.graph.scopes import join
 from qat_lightning.layers.kernels import choose_kernels
@@ -62,6 +62,7 @@ from qat_lightning.modes.prepared import (
 )
 from qat_lightning.modes.protocol import EXCLUDED, Converted, LayerCoverage
 from qat_lightning.modes.qconfig import make_qconfig
+from qat_lightning.modes.replaced import remember_layers
 from qat_lightning.numerics.recomputation import keep_tapes
 from qat_lightning.settings.engines import packing_engine
 from qat_lightning.settings.recipe import Recipe
@@ -139,6 +140,7 @@ class EagerMode:
         remember_attributes(network)
         take_forwards_as_a_whole(network, observation)
         follow_checkpoints(network)
+        remember_layers(network)
         _check_same(network, example, observation.result)
         return network
 
@@ -152,6 +154,7 @@ class EagerMode:
         state = prepared_state(prepared)
         target = state.recipe.target
         heads = _heads(prepared)
+        _refuse_broken(heads, state.plan, _modules(prepared))
         plan = _plan_of_seen(state.plan, heads, state.left_float)
         if state.plan["chains"] and not plan["chains"] and not state.left_float:
             raise ConversionError(
@@ -171,7 +174,8 @@ class EagerMode:
             checks, whole = check_layers(prepared, network, heads, int8_layers(network), example, target)
             checks = [*tables, *checks]
         notes = [*_notes(plan, checks), *_in_words(whole)]
-        rows, operations = eager_rows(_coverage(state, plan), state.float_network, plan, example)
+        rows = with_reasons(_coverage(state, plan), state.left_float)
+        rows, operations = eager_rows(rows, state.float_network, plan, example)
         return Converted(network, rows, checks, notes, operations, whole)
 
     def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
@@ -257,12 +261,26 @@ def _modules(network: nn.Module) -> dict[str, nn.Module]:
 
 def _heads(prepared: nn.Module) -> dict[str, ChainHead]:
     """The heads of all chains of a prepared network, by name."""
-    heads = {}
+    heads, modules = {}, _modules(prepared)
     for values in prepared_state(prepared).plan["chains"]:
-        head = prepared.get_submodule(values["name"])
-        assert isinstance(head, ChainHead)
-        heads[values["name"]] = head
+        head = modules.get(values["name"])
+        if isinstance(head, ChainHead):  # otherwise, it was replaced
+            heads[values["name"]] = head
     return heads
+
+
+def _refuse_broken(heads: Mapping[str, ChainHead], plan: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
+    """Refuse chains of which a later module was replaced; the layer can be left float."""
+    chains = {chain["name"]: Chain(**chain) for chain in plan["chains"]}
+    broken = [
+        name
+        for name, head in heads.items()
+        if not head.left_float and [modules.get(link) for link in chains[name].links] != list(head.links)
+    ]
+    if broken:
+        fault = "the BatchNorm or activation after it was replaced after the network was prepared"
+        checks = [LayerCheck(name, chains[name].kind, -math.inf, math.nan, fault) for name in broken]
+        raise VerificationError(f"{', '.join(broken)}: {fault}. Keep it float with exclude=.", broken, checks)
 
 
 @torch.no_grad()
@@ -323,7 +341,7 @@ def _plan_of_seen(
     chains = [
         chain
         for chain in plan["chains"]
-        if heads[chain["name"]].output_fake_quant.seen and not heads[chain["name"]].left_float
+        if (head := heads.get(chain["name"])) and head.output_fake_quant.seen and not head.left_float
     ]
     unseen = {chain["name"]: left_float.get(chain["name"], _UNSEEN) for chain in plan["chains"] if chain not in chains}
     unseen |= {name: left_float[name] for name, _ in plan["tables"] if name in left_float}

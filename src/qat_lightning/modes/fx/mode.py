@@ -77,6 +77,7 @@ from qat_lightning.modes.prepared import (
 from qat_lightning.modes.protocol import Converted, LayerCoverage
 from qat_lightning.modes.read_attributes import ReadAttributes, attributes_read
 from qat_lightning.modes.reassigned_buffers import refuse_reassigned_buffers
+from qat_lightning.modes.replaced import remember_layers
 from qat_lightning.modes.tracing import (
     EVALUATED,
     MIXED,
@@ -182,6 +183,7 @@ class FxMode:
         name_float_tensors_first(result)
         note_merged(result, result.graph, float_network, FUSED)
         follow_checkpoints(result)
+        remember_layers(result)
         follow_earlier_checkpoints(result)
         refuse_other_results(result, float_network, example, _why_other(float_network, mixed))
         if two_and_more:

@@ -43,6 +43,7 @@ from qat_lightning.modes.prepared import (
     remember_attributes,
 )
 from qat_lightning.modes.protocol import Converted, LayerCoverage
+from qat_lightning.modes.replaced import remember_layers
 from qat_lightning.modes.tracing import refuse_other_results
 from qat_lightning.settings.recipe import Recipe
 
@@ -105,6 +106,7 @@ class PartsMode:
         network.register_forward_pre_hook(forward_begins, prepend=True)
         network.register_forward_hook(forward_ends, always_call=True)
         follow_checkpoints(network)
+        remember_layers(network)
         refuse_other_results(
             network,
             float_network,

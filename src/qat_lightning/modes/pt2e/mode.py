@@ -44,6 +44,7 @@ from qat_lightning.modes.pt2e.network import ExportedNetwork
 from qat_lightning.modes.pt2e.training import Plan, adopt, training_graph, weight_quantizers
 from qat_lightning.modes.read_attributes import ReadAttributes, attributes_read
 from qat_lightning.modes.reassigned_buffers import refuse_reassigned_buffers
+from qat_lightning.modes.replaced import remember_layers
 from qat_lightning.modes.tracing import refuse_other_results
 from qat_lightning.modes.upstream_memory import nothing_remembered
 from qat_lightning.numerics.fake_quantize import FakeQuantize
@@ -105,6 +106,7 @@ class Pt2eMode:
         name_float_tensors_first(result)
         note_merged(result, result.graph, float_network)
         follow_checkpoints(result)
+        remember_layers(result)
         result.keep_extra_state_of(float_network)
         set_training_flags(result, flags)
         refuse_other_results(

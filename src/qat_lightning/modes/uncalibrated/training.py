@@ -37,6 +37,7 @@ from qat_lightning.modes.prepared import (
     remember_attributes,
 )
 from qat_lightning.modes.protocol import Converted, LayerCoverage
+from qat_lightning.modes.replaced import remember_layers
 from qat_lightning.modes.uncalibrated.adapters import refuse_adapters, stored_name, trained_layer, whole
 from qat_lightning.modes.uncalibrated.checking import refuse_nothing, run, run_float
 from qat_lightning.modes.uncalibrated.eager import cover
@@ -87,6 +88,7 @@ class DirectMode:
         follow_checkpoints(network)
         materialize_weights(network)
         remember_attributes(network)
+        remember_layers(network)
         leave_float(network, read, None)
         return network
 

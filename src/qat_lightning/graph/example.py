@@ -16,6 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.errors import NetworkError
+from qat_lightning.graph.pruning import pruned_tensors
 from qat_lightning.graph.structures import look_into
 
 MAX_BATCH = 32
@@ -189,6 +190,13 @@ def refuse_old_norms(network: nn.Module, name: str) -> None:
         for hook in module._forward_pre_hooks.values()
         if isinstance(hook, (WeightNorm, SpectralNorm))
     }
+    pruned = sorted({f"{layer!r}" for layer, *_ in pruned_tensors(network)})
+    if pruned:
+        raise NetworkError(
+            f"{name!r} ({type(network).__name__}) is pruned by torch.nn.utils.prune: hooks compute the weights of "
+            f"{', '.join(pruned)}, which cannot be copied or quantized. Call prune.remove(layer, 'weight') for each "
+            "before the fit. For masks to hold in training, prune in on_fit_start, in mode='eager' or 'fx'."
+        )
     if layers:
         where = ", ".join(f"{function} on {layer!r}" for layer, function in layers.items())
         instead = " and ".join(f"torch.nn.utils.parametrizations.{function}" for function in sorted({*layers.values()}))

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qat_lightning.graph.pruning import add_pruned
 from qat_lightning.layers.adapters import has_adapters
 from qat_lightning.modes.plain_attributes import set_attributes
 from qat_lightning.modes.prepared import changed_attributes, float_keys, prepared_state
@@ -20,7 +21,9 @@ def float_weights(prepared: nn.Module, leave_out: set[str] | None = None) -> dic
         leave_out: Keys to leave out.
     """
     keys = float_keys(prepared) - (leave_out or set())
-    return {key: _copied(value) for key, value in prepared.state_dict().items() if key in keys}
+    state = prepared.state_dict()
+    add_pruned(state)
+    return {key: _copied(value) for key, value in state.items() if key in keys}
 
 
 def frozen_beside_adapters(prepared: nn.Module) -> set[str]:

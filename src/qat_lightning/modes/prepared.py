@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qat_lightning.errors import CheckpointMismatchError, ConversionError
 from qat_lightning.graph.module_order import name_first
+from qat_lightning.graph.pruning import copy_with_pruning_done
 from qat_lightning.graph.training_flags import evaluating
 from qat_lightning.layers.qat_modules import FreezableBatchNorm
 from qat_lightning.layers.rounded import RoundedLayer
@@ -311,7 +312,7 @@ def float_keys(prepared: nn.Module) -> set[str]:
 
 def cpu_copy(prepared: nn.Module) -> nn.Module:
     """A detached copy on the CPU, in eval mode and float32, with fake-quant enabled: the input of conversion."""
-    copied = copy.deepcopy(prepared).cpu().float().eval()
+    copied = copy_with_pruning_done(prepared).cpu().float().eval()
     for parameter in copied.parameters():
         parameter.requires_grad_(False)
     set_phase(copied, fake_quant=True, observers=False, batchnorm_frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -131,6 +131,39 @@ def _has_quantizable(module: nn.Module) -> bool:
 
 def _trains(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def shared_layers(networks: Mapping[str, nn.Module]) -> tuple[dict[str, list[str]], list[str]]:
+    """Parts with parameters that several networks share, and names under which each part would be quantized once.
+
+    Args:
+        networks: Networks by their names in the LightningModule.
+
+    Returns:
+        The outermost shared parts: the names of the networks, by one name of the part. And the names of these parts
+        and of the other parts with layers to quantize.
+    """
+    users: dict[nn.Module, list[str]] = {}
+    for name, network in networks.items():
+        for module in network.modules():
+            if next(module.parameters(), None) is not None:
+                users.setdefault(module, []).append(name)
+    shared = {module for module, names in users.items() if len(names) > 1}
+    found: dict[str, list[str]] = {}
+    parts: dict[nn.Module, str] = {}
+
+    def visit(name: str, module: nn.Module) -> None:
+        if module in shared:
+            found.setdefault(parts.setdefault(module, name), users[module])
+        elif shared.isdisjoint(module.modules()):
+            parts[module] = name
+        else:
+            for child_name, child in module.named_children():
+                visit(f"{name}.{child_name}", child)
+
+    for name, network in networks.items():
+        visit(name, network)
+    return found, [name for module, name in parts.items() if _has_quantizable(module)]
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from qat_lightning.callbacks.parts.sharding import (
     refuse_other_weights,
     shards,
 )
-from qat_lightning.callbacks.parts.together import averages_of, refuse_averages, refuse_shared
+from qat_lightning.callbacks.parts.together import averages_of, refuse_averages, refuse_shared, refuse_shared_layers
 from qat_lightning.modes.captured_once import captured_once
 from qat_lightning.modes.prepared import is_prepared, prepared_state
 from qat_lightning.modes.replaced import refuse_replaced, replaced_layers
@@ -138,6 +138,8 @@ class Placement:
             else:
                 self._floats.check(slots)
                 networks.decisions = preparation.decide_all(trainer, slots, examples, stage)
+                modes = {name: decision.mode for name, decision in networks.decisions.items()}
+                refuse_shared_layers({n: slot.get() for n, slot in slots.items()}, modes, networks.settings.kind)
                 several = len(slots) > 1 or reworks(networks.settings.recipe)
                 averages = {name: averages_of(pl_module, slot.get()) for name, slot in slots.items()}
                 shown = all(decision.rehearsal for decision in networks.decisions.values())

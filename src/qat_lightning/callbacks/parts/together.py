@@ -14,8 +14,10 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.optim.swa_utils import AveragedModel
 
 from qat_lightning.callbacks.parts.layer_sync import synchronize_in_place
+from qat_lightning.callbacks.parts.network import shared_layers
 from qat_lightning.callbacks.parts.settings import QuantizationSettings
 from qat_lightning.errors import ConfigurationError, NetworkError
+from qat_lightning.settings.kinds import DIRECT
 from qat_lightning.settings.modes import traits_of
 
 
@@ -56,6 +58,28 @@ def refuse_shared(trainer: Trainer, prepared: Mapping[str, nn.Module]) -> None:
                     f"{name!r} already has fake-quantization from {type(callback).__name__}: use only one of the two "
                     "callbacks."
                 )
+
+
+def refuse_shared_layers(networks: Mapping[str, nn.Module], modes: Mapping[str, str], kind: str) -> None:
+    """Raise for networks that share layers which would be prepared in place, once for each of them.
+
+    Args:
+        networks: The float networks.
+        modes: Their modes.
+        kind: The kind of quantization.
+
+    Raises:
+        ConfigurationError: The message names the shared part, and how to quantize it once.
+    """
+    shared, parts = shared_layers(networks)
+    if not shared or (kind not in DIRECT and all(traits_of(mode).replaces for mode in modes.values())):
+        return
+    part, users = next(iter(shared.items()))
+    graphs = "" if kind in DIRECT else "; or mode='fx', where each network has a graph of its own"
+    raise ConfigurationError(
+        f"{' and '.join(map(repr, users))} share {part!r}, whose layers can be quantized in place only once. "
+        f"What to do: name the shared part by itself, module={parts}{graphs}."
+    )
 
 
 def _launched(trainer: Trainer) -> str:

@@ -19,6 +19,8 @@ from qat_lightning.settings.backends import Backend
 from qat_lightning.settings.engines import engine_here
 from qat_lightning.settings.recipe import Recipe
 
+BY_A_FUNCTION = "its parameters are used by a function, and not by calling the layer"
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -77,7 +79,7 @@ def find_chains(
         if not recipe.selects(join(prefix, name)):
             reason = EXCLUDED
         elif not reason and observation.reads(module):
-            reason = "its parameters are used by a function, and not by calling the layer"
+            reason = BY_A_FUNCTION
         elif not reason and module in observation.sized:
             reason = "it is called with output_size=, which int8 kernels do not support: use output_padding= instead"
         if reason:

@@ -29,7 +29,7 @@ from qat_lightning.layers.quantized_tensors import without_deprecation
 from qat_lightning.layers.tables import make_tables_plain, why_float
 from qat_lightning.layers.transformer import MAPS, attentions, give_layers, take_layers
 from qat_lightning.modes.eager.calls import LATER, Grids, count_in
-from qat_lightning.modes.eager.chains import Chain, find_chains, float_functions, kind_of
+from qat_lightning.modes.eager.chains import BY_A_FUNCTION, Chain, find_chains, float_functions, kind_of
 from qat_lightning.modes.eager.check import check_layers, run
 from qat_lightning.modes.eager.coverage import eager_rows
 from qat_lightning.modes.eager.filling import fill, int8_layers, load_rest
@@ -110,10 +110,11 @@ class EagerMode:
         if not tables and not any(chain.reached for chain in chains):
             reasons |= {chain.name: "the example does not call it" for chain in chains}
             why = "; ".join(f"{name or 'itself'}: {reason}" for name, reason in list(reasons.items())[:12])
+            functions = ", or mode='fx', which quantizes functions too" if BY_A_FUNCTION in reasons.values() else ""
             raise NetworkError(
                 f"There is nothing to quantize in {type(network).__name__}: "
                 f"{why or 'it has no convolution and no linear layer'}. Check include and exclude, give "
-                "example_inputs= for which forward calls such a layer, or use another module=."
+                f"example_inputs= for which forward calls such a layer, or use another module={functions}."
             )
         without_fast_paths(network)
         make_batchnorm_freezable(network)

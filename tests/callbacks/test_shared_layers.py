@@ -50,7 +50,7 @@ def test_layers_in_place_are_refused_twice_before_anything_changes_and_the_remed
     with pytest.raises(ConfigurationError, match=r"'net' and 'other' share 'net\.body'") as refused:
         trainer(QuantizationAwareTraining(module=["net", "other"], **settings)).fit(module, loader())
     assert list(state(module)) == list(before)
-    parts = ast.literal_eval(re.search(r"module=(\[.*?\])", str(refused.value)).group(1))  # type: ignore[union-attr]
+    parts = ast.literal_eval(re.search(r"module=(\[.*?\])", str(refused.value)).group(1))
     assert parts == ["net.body", "net.head", "other.head"]
     qat = QuantizationAwareTraining(module=parts, **settings)
     run = trainer(qat)

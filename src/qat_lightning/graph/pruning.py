@@ -41,10 +41,9 @@ def copy_with_pruning_done(network: nn.Module) -> nn.Module:
 def _finish(module: nn.Module, name: str) -> None:
     """`prune.remove` for modules that may share their parameters and hooks with another one, as fused layers do."""
     vars(module).pop(name, None)
-    hooks = module._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if isinstance(hook, prune.BasePruningMethod)]:
-        if hooks[key]._tensor_name == name:
-            del hooks[key]
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name:
+            del module._forward_pre_hooks[key]
     original, mask = module._parameters.pop(f"{name}_orig", None), module._buffers.pop(f"{name}_mask", None)
     if original is not None and mask is not None:
         original.data = original * mask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -631,8 +632,23 @@ def by_values(x: Tensor) -> Tensor:
     return x if float(x.detach().sum()) > 0 else -x
 
 
-fx.wrap("table_of")
-fx.wrap("by_values")
+def joined(x: Tensor) -> Tensor:
+    """A function that ends in one of torch, as `torchvision.models.swin_transformer`'s do."""
+    return torch.cat([x, -x], 1)
+
+
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A function that returns several tensors."""
+    return x[:, :1], x[:, 1:]
+
+
+def by_name(x: Tensor) -> dict[str, list[Tensor]]:
+    """A function that returns nested containers."""
+    return {"a": [x, x.flip(1)]}
+
+
+for wrapped_function in ("table_of", "by_values", "joined", "halves", "by_name"):
+    fx.wrap(wrapped_function)
 
 
 class Wrapped(Base):
@@ -650,6 +666,30 @@ def test_a_wrapped_function_is_traced_through_so_that_a_file_loads_by_itself(tmp
     quantized = convert(prepared, Example((IMAGES,)))
     quantized.save(tmp_path / "a.int8")
     assert torch.equal(load_quantized(tmp_path / "a.int8")(IMAGES), quantized(IMAGES))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x: joined(x)[:, :8],
+        lambda x: torch.cat(halves(x), 1),
+        lambda x: sum(by_name(x)["a"]),
+        lambda x: by_values(x),
+    ],
+    ids=["function of torch", "tuple", "containers", "not traceable"],
+)
+def test_a_wrapped_function_may_return_anything_and_leaves_later_traces_alone(use: Callable[[Tensor], Tensor]) -> None:
+    class Uses(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            return use(self.conv(x))
+
+    registered = dict(fx._symbolic_trace._wrapped_fns_to_patch)
+    network = Uses()
+    prepared = get_mode("fx").prepare(network, Example((IMAGES,)), Recipe("fx", "x86"))
+    set_phase(prepared, fake_quant=False, observers=True, batchnorm_frozen=False)
+    assert torch.allclose(prepared(IMAGES), network(IMAGES), atol=1e-6)
+    assert fx._symbolic_trace._wrapped_fns_to_patch == registered
+    fx.symbolic_trace(nn.Linear(4, 2))
 
 
 def test_a_wrapped_function_that_no_trace_can_follow_is_called_as_it_is() -> None:

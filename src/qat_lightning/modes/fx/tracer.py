@@ -6,10 +6,11 @@ runs. A module without layers that cannot be traced, or draws random numbers, is
 
 from __future__ import annotations
 
+import functools
 import operator
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx import _symbolic_trace as torchs_tracing
 from torch.fx.proxy import Proxy
 
 from qat_lightning.graph.buffers import write_back
@@ -227,7 +229,8 @@ class NetworkTracer(StructuredTracer):
         """
         self._names = {id(tensor): name for name, tensor in [*root.named_buffers(), *root.named_parameters()]}
         before = _random_state()
-        graph = super().trace(root, concrete_args)
+        with _wrapped_without_marks():
+            graph = super().trace(root, concrete_args)
         if _random_state() != before:
             raise DecidesByChance("")
         return graph
@@ -264,6 +267,33 @@ class NetworkTracer(StructuredTracer):
         if _random_state() != before:
             raise CallAsWhole(path) if holds_no_layer(m) else DecidesByChance(path)
         return result
+
+
+@contextmanager
+def _wrapped_without_marks() -> Iterator[None]:
+    """Within the block, functions marked with ``torch.fx.wrap`` may return anything when called in a trace.
+
+    Torch's own wrapper expects a single node and marks it. For a function that is traced through, that is a node of
+    torch, under whose name code generated from the graph would be registered: all later traces in the process would
+    look for a global with that name and fail.
+    """
+
+    def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            proxy: Any = torchs_tracing._find_proxy(args, kwargs)
+            if proxy is None:
+                return function(*args, **kwargs)
+            return proxy.tracer.create_proxy("call_function", function, args, kwargs)
+
+        return call
+
+    before = torchs_tracing._create_wrapped_func
+    torchs_tracing._create_wrapped_func = wrapped
+    try:
+        yield
+    finally:
+        torchs_tracing._create_wrapped_func = before
 
 
 def _random_state() -> tuple[Any, ...]:

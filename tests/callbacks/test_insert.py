@@ -19,6 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
 from qat_lightning.errors import ConfigurationError, ConversionError, NetworkError
+from qat_lightning.modes.coverage import int8_share
 from qat_lightning.modes.prepared import is_prepared
 from tests.callbacks.lit import (
     CLASSES,
@@ -545,6 +546,37 @@ def test_what_will_stay_float_is_said_before_the_training() -> None:
         warnings.simplefilter("always")
         trainer(qat("fx", exclude=["net.head"]), max_steps=1).fit(Lit(), loader())
     assert not [warning for warning in caught if "will stay float" in str(warning.message)]
+
+
+class Scored(nn.Module):
+    """A custom layer, in a block that no trace can follow and that returns a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, float]:
+        x = x @ self.weight
+        return x, float(x.detach().sum())
+
+
+class WithScores(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.scored, self.head = nn.Linear(64, 8), Scored(), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.scored(self.stem(x.flatten(1)))[0])
+
+
+@pytest.mark.parametrize("mode", ["fx", "eager", "auto"])
+def test_weights_that_functions_multiply_by_are_said_to_stay_float(mode: str) -> None:
+    callback = qat(mode)
+    with pytest.warns(UserWarning, match=r"1 of 3 layers will stay float: net\.scored \(Scored\)"):
+        trainer(callback, max_steps=1).fit(Lit(WithScores()), loader())
+    share = int8_share([*callback.quantized.coverage, *callback.quantized.operations])
+    inputs = 64 * 8 + 8 * CLASSES
+    assert share == pytest.approx(inputs / (inputs + 64))
 
 
 def test_a_name_in_a_warning_can_be_copied_into_the_settings() -> None:

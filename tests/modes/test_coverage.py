@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -192,3 +194,155 @@ def test_the_table_shows_which_layers_have_weights_of_fewer_bits(capsys: pytest.
         ("int8", "b"),
         ("float", "c"),
     ]
+
+
+class Dense(nn.Module):
+    """A linear layer written as a function, as `transformers.pytorch_utils.Conv1D` is."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+class Standardized(Dense):
+    """Computes with its weight before it multiplies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, (self.weight / self.weight.std()).T, self.bias)
+
+
+class Wrapping(nn.Module):
+    """Returns what its inner module does in a container, and may be impossible to trace."""
+
+    def __init__(self, inner: nn.Module, wrap: Any, *, decides: bool) -> None:
+        super().__init__()
+        self.inner, self.wrap, self.decides = inner, wrap, decides
+
+    def forward(self, x: Tensor) -> Any:
+        if self.decides and bool(x.isnan().any()):
+            raise ValueError("not a number")
+        return self.wrap(self.inner(x))
+
+
+@dataclass
+class Holder:
+    """A result with a name."""
+
+    value: Tensor
+
+
+class Around(nn.Module):
+    """Calls a `Wrapping` between two layers."""
+
+    def __init__(self, block: nn.Module, take: Any) -> None:
+        super().__init__()
+        self.first, self.block, self.last, self.take = nn.Linear(8, 8), block, nn.Linear(8, 4), take
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.take(self.block(self.first(x))))
+        return y
+
+
+@pytest.mark.parametrize("cls", [Dense, Standardized])
+@pytest.mark.parametrize("mode", ["fx", "eager", "pt2e"])
+def test_a_weight_that_a_function_multiplies_by_is_reported_if_it_stays_float(mode: str, cls: type[Dense]) -> None:
+    rows = rows_of(mode, nn.Sequential(nn.Linear(8, 8), cls(8, 8), nn.Linear(8, 4)), torch.randn(4, 8))
+    is_int8 = mode == "fx" or (mode == "pt2e" and cls is Standardized)
+    layers = {name: (row.kind, row.quantized) for name, row in rows.items() if row.what == "layer"}
+    assert layers == {
+        "0": ("Linear", True),
+        "2": ("Linear", True),
+        **({} if is_int8 else {"1": (cls.__name__, False)}),
+    }
+    assert int8_share(rows.values()) == pytest.approx(1.0 if is_int8 else 96 / 160)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "take"),
+    [
+        (lambda x: x, lambda x: x),
+        (lambda x: (x, None), operator.itemgetter(0)),
+        (lambda x: {"a": [x]}, lambda found: found["a"][0]),
+        (lambda x: Holder(x), lambda found: found.value),
+    ],
+    ids=["tensor", "tuple", "dictionary", "dataclass"],
+)
+def test_weights_inside_what_is_called_as_a_whole_are_reported(wrap: Any, take: Any) -> None:
+    rows = rows_of("fx", Around(Wrapping(Dense(8, 8), wrap, decides=True), take), torch.randn(4, 8))
+    assert not rows["block.inner"].quantized
+    assert "'block', which is called as a whole" in rows["block.inner"].reason
+    assert (rows["block"].what, rows["block"].quantized, rows["block"].macs) == ("op", False, 64)
+    assert int8_share(rows.values()) == pytest.approx(96 / 160)
+    as_said = rows_of("eager", Around(Wrapping(nn.Linear(8, 8), wrap, decides=True), take), torch.randn(4, 8))
+    assert as_said["block.inner"].quantized
+
+
+@pytest.mark.parametrize("mode", ["fx", "eager", "pt2e"])
+def test_an_excluded_custom_module_has_that_as_its_reason(mode: str) -> None:
+    network = nn.Sequential(nn.Linear(8, 8), Dense(8, 8), nn.Linear(8, 4))
+    rows = rows_of(mode, network, torch.randn(4, 8), exclude=("1",))
+    assert rows["1"].excluded
+
+
+class WeightRead(nn.Module):
+    """Gives the weight of a layer to a function, as the attention of EVA and Swin does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.bias, self.out = nn.Linear(8, 8, bias=False), nn.Parameter(torch.zeros(4)), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = torch.cat((self.bias, torch.zeros_like(self.bias)))
+        y: Tensor = self.out(F.linear(x, weight=self.qkv.weight, bias=bias))
+        return y
+
+
+def test_a_layer_whose_weight_a_function_reads_is_int8_if_the_function_is() -> None:
+    rows = rows_of("fx", WeightRead(), torch.randn(4, 8))
+    assert rows["qkv"].quantized
+    assert "cat" not in rows, "it is computed once, in conversion"
+    assert int8_share(rows.values()) == 1
+    rows = rows_of("fx", WeightRead(), torch.randn(4, 8), include=("out",))
+    assert rows["qkv"].excluded
+
+
+class OutputUnread(nn.Module):
+    """The last residual convolution of WaveNet has an output that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.unread, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        _ = x + self.unread(x)
+        y: Tensor = self.out(x)
+        return y
+
+
+def test_a_layer_whose_output_nothing_reads_is_reported_before_training() -> None:
+    rows = rows_of("fx", OutputUnread(), torch.randn(4, 8))
+    assert {name: row.reason for name, row in rows.items() if not row.quantized} == {"unread": "its output is not used"}
+
+
+class Residual(nn.Module):
+    """Every sum doubles the number of paths to the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), Dense(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for _ in range(40):
+            x = x + F.gelu(x) / 8
+        y: Tensor = self.last(x)
+        return y
+
+
+def test_sums_in_a_row_are_reported_without_following_every_path_through_them() -> None:
+    rows = rows_of("fx", Residual(), torch.randn(4, 8))
+    assert int8_share(rows.values()) == 1

@@ -10,21 +10,21 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from qat_lightning.graph.buffers import buffers_copied
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.scopes import join
-from qat_lightning.modes.eager.observation import function_name, run_apart
+from qat_lightning.modes.eager.observation import run_apart
+from qat_lightning.modes.own_weights import PRODUCTS, ParameterUses, parameters_behind
 from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.modes.recording import copy_of
 from qat_lightning.modes.without_arithmetic import nested, on_a_copy, shapes
@@ -55,20 +55,6 @@ def counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten._trilinear: _flops_of_bilinear})
 
 
-class _Uses(TorchFunctionMode):
-    """Records which parameters are read by functions."""
-
-    def __init__(self, owners: dict[int, str]) -> None:
-        super().__init__()
-        self.owners, self.used = owners, set[str]()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function_name(func) is not None:
-            read = [id(leaf) for leaf in tree_leaves((args, kwargs or {}))]
-            self.used |= {self.owners[key] for key in read if key in self.owners}
-        return func(*args, **(kwargs or {}))
-
-
 @dataclass(frozen=True)
 class FloatRun:
     """The result of one run of a float network.
@@ -76,10 +62,12 @@ class FloatRun:
     Attributes:
         used: Names of the modules that it calls, or whose parameters it reads.
         flops: Floating point operations of each module; None if they could not be counted.
+        custom: Weights that functions multiply by, by the custom module that holds them.
     """
 
     used: set[str]
     flops: dict[str, int] | None
+    custom: Mapping[str, Sequence[str]]
 
 
 def float_run(network: nn.Module, example: Example) -> FloatRun:
@@ -99,15 +87,14 @@ def float_run(network: nn.Module, example: Example) -> FloatRun:
 def _run(
     network: nn.Module, context: AbstractContextManager[Any], example: Example, counted: FlopCounterMode | None
 ) -> FloatRun:
-    owners: dict[int, str] = {}
     called: set[str] = set()
     for name, module in network.named_modules():
-        owners |= {id(parameter): name for parameter in module.parameters(recurse=False)}
         module.register_forward_pre_hook(lambda module, args, name=name: called.add(name))
-    uses = _Uses(owners)
+    uses = ParameterUses(network)
     with in_single_products():
         run_apart(network, example, nested(context, counted or nullcontext(), uses))
-    return FloatRun(called | uses.used, None if counted is None else flops_by_module(network, counted))
+    flops = None if counted is None else flops_by_module(network, counted)
+    return FloatRun(called | uses.used, flops, uses.of_custom_modules())
 
 
 def flops_by_module(network: nn.Module, counted: FlopCounterMode) -> dict[str, int]:
@@ -181,6 +168,30 @@ def merged(rows: Iterable[LayerCoverage]) -> list[LayerCoverage]:
         replace(group[0], calls=sum(row.calls for row in group), macs=sum(row.macs or 0 for row in group) or None)
         for group in counted.values()
     ]
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Coverage of the ops of a graph.
+
+    Attributes:
+        rows: One for each op that computes, merged.
+        weights: Why each tensor of the network that an op multiplies by stays float, empty if it is int8, by its name.
+    """
+
+    rows: list[LayerCoverage] = field(default_factory=list)
+    weights: Mapping[str, str] = field(default_factory=dict)
+
+
+def operations_of(graph: fx.Graph, found: Sequence[tuple[fx.Node, LayerCoverage]]) -> Operations:
+    """The coverage of ops, from the nodes of a graph with their rows."""
+    weights: dict[str, str] = {}
+    behind = parameters_behind(graph)
+    for node, row in found:
+        if row.macs or row.kind in PRODUCTS:
+            for name in set().union(*(behind.get(source, ()) for source in node.all_input_nodes)):
+                weights[name] = weights.get(name) or row.reason
+    return Operations(merged(row for _, row in found), weights)
 
 
 def int8_share(rows: Iterable[LayerCoverage]) -> float | None:
@@ -273,10 +284,10 @@ def _caption(rows: Sequence[LayerCoverage]) -> str:
     )
 
 
-def report(find: Callable[[], list[LayerCoverage]]) -> list[LayerCoverage]:
-    """The result of ``find``, or an empty list and a warning: a failing report must not stop anything else."""
+def report(find: Callable[[], Operations]) -> Operations:
+    """The result of ``find``, or no rows and a warning: a failing report must not stop anything else."""
     try:
         return find()
     except Exception as error:  # noqa: BLE001
         warnings.warn(f"There is no report of the ops: {type(error).__name__}: {error}", stacklevel=2)
-        return []
+        return Operations()

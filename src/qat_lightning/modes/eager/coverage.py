@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +25,7 @@ from qat_lightning.modes.coverage import (
     merged,
 )
 from qat_lightning.modes.eager.observation import CHAIN_TYPES, Observation, function_name, observe
+from qat_lightning.modes.own_weights import ParameterUses, float_rows
 from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.modes.without_arithmetic import nested, on_a_copy
 
@@ -70,24 +71,31 @@ class _BetweenLayers(TorchFunctionMode):
 
 @torch.no_grad()
 def eager_rows(
-    layers: list[LayerCoverage], float_network: nn.Module, plan: Mapping[str, Any], example: Example
+    layers: list[LayerCoverage],
+    float_network: nn.Module,
+    plan: Mapping[str, Any],
+    example: Example,
+    selects: Callable[[str], bool],
 ) -> tuple[list[LayerCoverage], list[LayerCoverage]]:
     """The rows of layers, with their multiply-accumulates, and rows of modules and functions between them.
 
     Between layers there is one row for each activation and BatchNorm that is in no chain, and one for each function.
+    Custom modules that multiply by a weight of their own get rows as layers.
 
     Args:
         layers: One row per layer.
         float_network: Not changed.
         plan: The int8 chains.
         example: One call.
+        selects: Whether a module is to be quantized, by its name.
     """
     try:
         seen = on_a_copy(float_network, lambda network, context: _look(network, context, example))
     except Exception as error:  # noqa: BLE001 - a report must not cost a training or a conversion
         warnings.warn(f"There is no report of the ops: {type(error).__name__}: {error}", stacklevel=2)
         return layers, []
-    return layers_with_macs(layers, seen.run, example), _operations(seen, plan, example)
+    layers = [*layers_with_macs(layers, seen.run, example), *float_rows(float_network, seen.run.custom, selects)]
+    return layers, _operations(seen, plan, example)
 
 
 @dataclass(frozen=True)
@@ -119,11 +127,12 @@ def _operations(seen: _Seen, plan: Mapping[str, Any], example: Example) -> list[
 
 
 def _look(network: nn.Module, context: AbstractContextManager[Any], example: Example) -> _Seen:
-    between, counted = _BetweenLayers(network), counter()
+    between, counted, uses = _BetweenLayers(network), counter(), ParameterUses(network)
     with in_single_products():
-        observation = observe(network, example, nested(context, counted, between), heads=CHAIN_TYPES)
+        observation = observe(network, example, nested(context, counted, between, uses), heads=CHAIN_TYPES)
     names = {module: name for name, module in network.named_modules()}
-    return _Seen(observation, names, between, FloatRun(set(), flops_by_module(network, counted)))
+    run = FloatRun(uses.used, flops_by_module(network, counted), uses.of_custom_modules())
+    return _Seen(observation, names, between, run)
 
 
 def _outside(rows: list[LayerCoverage], calls: Mapping[str, int]) -> Iterator[LayerCoverage]:

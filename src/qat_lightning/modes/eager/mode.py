@@ -176,14 +176,17 @@ class EagerMode:
             checks = [*tables, *checks]
         notes = [*_notes(plan, checks), *_in_words(whole)]
         rows = with_reasons(_coverage(state, plan), state.left_float)
-        rows, operations = eager_rows(rows, state.float_network, plan, example)
+        selects = functools.partial(_selects, state)
+        rows, operations = eager_rows(rows, state.float_network, plan, example, selects)
         return Converted(network, rows, checks, notes, operations, whole)
 
     def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
         """See `Mode.coverage`."""
         state = prepared_state(prepared)
         rows = with_reasons(_coverage(state, state.plan), state.left_float)
-        rows, operations = eager_rows(rows, state.float_network, state.plan, example)
+        rows, operations = eager_rows(
+            rows, state.float_network, state.plan, example, lambda name: _selects(state, name)
+        )
         return [*rows, *operations]
 
     def parts(self, prepared: nn.Module) -> list[str]:
@@ -387,6 +390,8 @@ def _coverage(state: PreparedState, plan: Mapping[str, Any]) -> list[LayerCovera
 def _why_float(state: PreparedState, plan: Mapping[str, Any], name: str, module: nn.Module) -> str:
     if name in plan["float"]:
         return str(plan["float"][name])
-    if not state.recipe.selects(join(state.prefix, name)):
-        return EXCLUDED
-    return f"{type(module).__name__} is not quantized in mode='eager'"
+    return f"{type(module).__name__} is not quantized in mode='eager'" if _selects(state, name) else EXCLUDED
+
+
+def _selects(state: PreparedState, name: str) -> bool:
+    return state.recipe.selects(join(state.prefix, name))

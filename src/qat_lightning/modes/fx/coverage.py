@@ -11,13 +11,15 @@ from torch import fx, nn
 
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.scopes import join
+from qat_lightning.graph.structures import parts
 from qat_lightning.layers.batchnorm import is_batchnorm
 from qat_lightning.layers.operators import MOVES, MOVING_MODULES, faces_of
-from qat_lightning.modes.coverage import flops_of, is_float, macs_of, merged
+from qat_lightning.modes.coverage import Operations, flops_of, is_float, macs_of, operations_of
 from qat_lightning.modes.fx.config import LEFT_FLOAT, backend_config
-from qat_lightning.modes.fx.layers import UNSEEN
+from qat_lightning.modes.fx.layers import UNSEEN, read_nodes
 from qat_lightning.modes.fx.passes import CLAMPS, OWN_GRIDS, is_scaled_sum
 from qat_lightning.modes.fx.products import PRODUCT_NAMES, PRODUCTS
+from qat_lightning.modes.fx.tracer import is_foreign
 from qat_lightning.modes.fx.weights import is_constant
 from qat_lightning.modes.places import op_name, rounding_of
 from qat_lightning.modes.prepared import prepared_state
@@ -62,8 +64,8 @@ class FxOperations:
                 self.values[node.name] = self.values[node.args[0].name]
         self.known = {config.pattern for config in backend_config().configs}
 
-    def rows(self, done: Mapping[str, bool] | None = None, unseen: Collection[str] = ()) -> list[LayerCoverage]:
-        """One row per op; ops inside a layer have its name.
+    def rows(self, done: Mapping[str, bool] | None = None, unseen: Collection[str] = ()) -> Operations:
+        """One row per op that depends on an input; ops inside a layer have its name.
 
         Args:
             done: Whether each remaining node of the int8 graph returns integers; missing nodes were fused into kernels.
@@ -71,15 +73,17 @@ class FxOperations:
             unseen: Names of nodes before roundings that never observed a range.
         """
         found = []
+        read = read_nodes(self.plan.graph)
         for node in self.plan.graph.nodes:
-            if not self._computes(node):
+            if node not in read or is_constant(node) or not self._computes(node):
                 continue
             quantized = self._will_be(node) if done is None else done.get(node.name, True)
             name = self._name(node)
             reason = "" if quantized else UNSEEN if self._reads(node, unseen) else self._why(node)
             macs = macs_of(flops_of(node, self.values, self.prepared), self.example)
-            found.append(LayerCoverage(name, self._kind_name(node), quantized, reason, what="op", macs=macs))
-        return merged(found)
+            row = LayerCoverage(name, self._kind_name(node), quantized, reason, what="op", macs=macs)
+            found.append((node, row))
+        return operations_of(self.plan.graph, found)
 
     def _reads(self, node: fx.Node, unseen: Collection[str]) -> bool:
         """Whether an op reads or returns a value whose range is unknown."""
@@ -89,9 +93,12 @@ class FxOperations:
         return any(source.name in unseen for source in sources)
 
     def _computes(self, node: fx.Node) -> bool:
-        if node.op in ("placeholder", "get_attr", "output") or not is_float(self.values.get(node.name)):
+        if node.op in ("placeholder", "get_attr", "output"):
             return False
-        module = self._module(node)
+        module, value = self._module(node), self.values.get(node.name)
+        whole = module is not None or is_foreign(node.target)  # which may return several tensors
+        if not (_holds_float(value) if whole else is_float(value)):
+            return False
         if module is None:
             return op_name(node.target) not in MOVES
         name = str(node.target).partition("_call_")[0]
@@ -221,6 +228,11 @@ class FxOperations:
         if is_scaled_sum(node):
             return "its int8 kernel takes no alpha=: multiply the tensor before it is added"
         return f"{'' if face in OWN_GRIDS else 'with a number, '}its int8 kernel has another grid"
+
+
+def _holds_float(value: Any) -> bool:
+    """Whether a value is a float tensor or a container with one."""
+    return is_float(value) or any(map(_holds_float, parts(value)))
 
 
 def _is_relu(node: fx.Node, module: nn.Module | None) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import fx, nn
@@ -13,12 +13,15 @@ from qat_lightning.layers.integer import IntegerLayer
 from qat_lightning.layers.operators import WEIGHTED, module_types
 from qat_lightning.modes.fx.config import LEFT_FLOAT
 from qat_lightning.modes.left_float import layer_of
+from qat_lightning.modes.own_weights import float_rows
 from qat_lightning.modes.prepared import PreparedState
 from qat_lightning.modes.protocol import EXCLUDED, LayerCoverage
 from qat_lightning.settings.engines import engine_here
 from qat_lightning.settings.recipe import Recipe
 
 UNSEEN = "no finite range was observed for its input or its output"
+
+_UNREAD = "its output is not used"
 
 
 def no_kernel(module: nn.Module, recipe: Recipe) -> str:
@@ -59,7 +62,9 @@ def layer_rows(state: PreparedState, network: nn.Module, used: set[str], unseen:
         unseen: Names of layers without an observed finite range.
     """
     modules = dict(network.named_modules())
-    called = [str(node.target) for node in state.plan.graph.find_nodes(op="call_module")]
+    calls = state.plan.graph.find_nodes(op="call_module")
+    called = [str(node.target) for node in calls]
+    unread = _layers_of(calls) - _layers_of(read_nodes(state.plan.graph).intersection(calls))
     rows = []
     for name, module in state.float_network.named_modules():
         if not isinstance(module, WEIGHTED):
@@ -67,11 +72,14 @@ def layer_rows(state: PreparedState, network: nn.Module, used: set[str], unseen:
         layer = modules.get(name)
         module_name = type(layer).__module__
         is_int8 = (".quantized." in module_name and ".reference." not in module_name) or isinstance(layer, IntegerLayer)
-        quantized = is_int8 or (layer is not None and "weight_fake_quant" in layer._modules)
+        is_trained = layer is not None and "weight_fake_quant" in layer._modules
+        quantized = is_int8 or (is_trained and name not in unread)
         if quantized:
             why = ""
         elif any(f"{left}.".startswith(f"{name}.") for left in unseen):
             why = UNSEEN
+        elif name in unread and state.recipe.selects(join(state.prefix, name)):
+            why = _UNREAD
         else:
             why = _why_float(state, name, module, used, called)
         rows.append(LayerCoverage(name, type(module).__name__, quantized, why))
@@ -93,14 +101,75 @@ def _why_float(state: PreparedState, name: str, module: nn.Module, used: set[str
     if isinstance(module, (*(t for t in LEFT_FLOAT if isinstance(t, type)), nn.MultiheadAttention)):
         return f"{type(module).__name__} is not quantized in mode='fx'"
     if name not in called and type(module).__module__.startswith("torch."):
-        return "its output is not used"
+        return _UNREAD
     return f"mode='fx' has no int8 kernel for {type(module).__name__}"
+
+
+def _layers_of(calls: Iterable[fx.Node]) -> set[str]:
+    return {layer_of(str(node.target)) for node in calls}
+
+
+def read_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that an output depends on, and those with an effect: upstream's conversion drops all others."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        has_effect = node.op != "call_module" and node.is_impure()
+        if has_effect or not found.isdisjoint(node.users):
+            found.add(node)
+    return found
 
 
 def _is_given_a_size(graph: fx.Graph, name: str) -> bool:
     """Whether a transposed convolution is called with the size of its output."""
     calls = [node for node in graph.find_nodes(op="call_module") if layer_of(str(node.target)) == name]
     return any(len(node.args) > 1 or node.kwargs.get("output_size") is not None for node in calls)
+
+
+def read_by_ops(layers: Sequence[LayerCoverage], graph: fx.Graph, weights: Mapping[str, str]) -> list[LayerCoverage]:
+    """Rows in which layers that are not called, but whose weights ops read, are int8 if these ops are.
+
+    Args:
+        layers: The rows of the layers.
+        graph: The graph of the prepared network.
+        weights: See `Operations.weights`.
+    """
+    called = {str(node.target) for node in graph.find_nodes(op="call_module")}
+    reasons: dict[str, list[str]] = {}
+    for name, reason in weights.items():
+        reasons.setdefault(name.rpartition(".")[0], []).append(reason)
+    rows = []
+    for row in layers:
+        if row.name in reasons and row.name not in called and not row.quantized and not row.excluded:
+            reason = next(filter(None, reasons[row.name]), "")
+            row = replace(row, quantized=not reason, reason=reason)
+        rows.append(row)
+    return rows
+
+
+def custom_rows(
+    state: PreparedState, custom: Mapping[str, Sequence[str]], weights: Mapping[str, str]
+) -> list[LayerCoverage]:
+    """Rows of custom modules with weights of their own that stay float.
+
+    Args:
+        state: State of the prepared network.
+        custom: See `FloatRun.custom`.
+        weights: See `Operations.weights`.
+    """
+    called = [str(node.target) for node in state.plan.graph.find_nodes(op="call_module")]
+
+    def why(parameter: str) -> str | None:
+        if parameter in weights:
+            return weights[parameter]
+        whole = next((outer for outer in called if parameter.startswith(f"{outer}.")), None)
+        if whole is None:
+            return None
+        return (
+            f"its weight is used in {whole!r}, which is called as a whole: as a layer, such as nn.Linear, it would be "
+            "quantized in mode='eager'"
+        )
+
+    return float_rows(state.float_network, custom, lambda name: state.recipe.selects(join(state.prefix, name)), why)
 
 
 def each_once(

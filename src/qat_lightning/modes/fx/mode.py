@@ -22,7 +22,7 @@ from qat_lightning.layers.qat_modules import make_batchnorm_freezable, make_batc
 from qat_lightning.layers.tables import make_tables_plain
 from qat_lightning.layers.transformer import written_out
 from qat_lightning.modes.bias_range import hold_biases
-from qat_lightning.modes.coverage import float_run, layers_with_macs, report
+from qat_lightning.modes.coverage import Operations, float_run, layers_with_macs, report
 from qat_lightning.modes.fx import pads as fx_pads
 from qat_lightning.modes.fx import passes
 from qat_lightning.modes.fx.aliases import use_known_names
@@ -33,7 +33,7 @@ from qat_lightning.modes.fx.bounds import hide_bounded
 from qat_lightning.modes.fx.coverage import FxOperations
 from qat_lightning.modes.fx.fused import FUSED, hide_second_names, show_fused
 from qat_lightning.modes.fx.inference import traced_with_inference
-from qat_lightning.modes.fx.layers import each_once, layer_rows, no_kernel
+from qat_lightning.modes.fx.layers import custom_rows, each_once, layer_rows, no_kernel, read_by_ops
 from qat_lightning.modes.fx.left_float import float_nodes, layers_and_ops, put_float_layers, take_out_never_rounding
 from qat_lightning.modes.fx.linear_products import name_linear
 from qat_lightning.modes.fx.other_sizes import ConvertsAgain, SharedLayers
@@ -317,11 +317,13 @@ def _rows(
     network: nn.Module,
     example: Example,
     left: set[str],
-    operations: Callable[[set[str]], list[LayerCoverage]],
+    operations: Callable[[set[str]], Operations],
 ) -> tuple[list[LayerCoverage], list[LayerCoverage]]:
-    """The rows of the layers, and of the ops between them."""
+    """The rows of the layers and of custom modules with weights of their own, and of the ops between them."""
     seen = float_run(state.float_network, example)
     rows = with_reasons(layer_rows(state, network, seen.used, left), state.left_float)
     rows = layers_with_macs(rows, seen, example)
     names = {row.name for row in rows}
-    return each_once(rows, report(lambda: operations(names)))
+    ops = report(lambda: operations(names))
+    rows, others = each_once(read_by_ops(rows, state.plan.graph, ops.weights), ops.rows)
+    return [*rows, *custom_rows(state, seen.custom, ops.weights)], others

@@ -289,7 +289,7 @@ def _wrapped_without_marks() -> Iterator[None]:
         return call
 
     before = torchs_tracing._create_wrapped_func
-    torchs_tracing._create_wrapped_func = wrapped
+    torchs_tracing._create_wrapped_func = wrapped  # type: ignore[assignment]
     try:
         yield
     finally:

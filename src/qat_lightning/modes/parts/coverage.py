@@ -12,6 +12,7 @@ from qat_lightning.graph.example import Example
 from qat_lightning.graph.scopes import join
 from qat_lightning.layers.operators import WEIGHTED
 from qat_lightning.modes.coverage import FloatRun, float_run, macs_of
+from qat_lightning.modes.own_weights import float_rows
 from qat_lightning.modes.prepared import PreparedState
 from qat_lightning.modes.protocol import EXCLUDED, LayerCoverage
 
@@ -61,6 +62,14 @@ def rows_of_parts(
             why = whole.why_outside(name, list(parts), refused) if outer is None else parts[outer].why
             row = LayerCoverage(name, type(module).__name__, False, why)
         layers.append(replace(row, macs=whole.macs(name)))
+    known = {row.name for row in layers}
+    layers += [replace(row, name=name) for name, row in of_parts.items() if name not in known]  # custom modules
+    outside = {
+        name: weights
+        for name, weights in whole.run.custom.items()
+        if not any(f"{name}.".startswith(f"{part}.") for part in parts)
+    }
+    layers += float_rows(state.float_network, outside, lambda name: state.recipe.selects(join(state.prefix, name)))
     operations = [row for name, part in parts.items() for row in whole.operations(name, part)]
     return layers, [*operations, *whole.between([*layers, *operations])]
 

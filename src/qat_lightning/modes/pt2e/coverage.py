@@ -12,7 +12,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.scopes import scope_of
 from qat_lightning.layers.operators import MOVES
-from qat_lightning.modes.coverage import flops_of, is_float, macs_of, merged
+from qat_lightning.modes.coverage import Operations, flops_of, is_float, macs_of, operations_of
 from qat_lightning.modes.decomposed.ops import CHANNEL_AXIS
 from qat_lightning.modes.places import op_name, rounding_of
 from qat_lightning.modes.prepared import PreparedState
@@ -35,7 +35,7 @@ def pt2e_operations(
     layers: set[str],
     values: Mapping[str, Any] | None = None,
     unseen: Sequence[str] = (),
-) -> list[LayerCoverage]:
+) -> Operations:
     """One row for each op that computes and is not a layer.
 
     Args:
@@ -53,19 +53,20 @@ def pt2e_operations(
     if values is None:
         values = run_of(prepared, prepared.graph, plan.spec.flatten(example.args, example.kwargs))
     folded = {pair.batchnorm: pair.layer for pair in plan.folded}
-    rows = []
+    rows: list[tuple[fx.Node, LayerCoverage]] = []
     for node in plan.graph.nodes:
         if node.op != "call_function":
             continue
         if node.target is torch.ops.higher_order.cond:
-            rows += list(_branches(prepared, node))
+            rows += [(node, row) for row in _branches(prepared, node)]
         elif _computes(node, values, layers):
             quantized = folded[node.name] in plan.weights if node.name in folded else _is_annotated(node)
             lost = quantized and _lost(prepared, node, unseen)
             reason = "" if quantized and not lost else _why(state, node, lost=lost)
             macs = macs_of(flops_of(node, values, prepared), example)
-            rows.append(LayerCoverage(_name(node), op_name(node.target), not reason, reason, what="op", macs=macs))
-    return merged(rows)
+            row = LayerCoverage(_name(node), op_name(node.target), not reason, reason, what="op", macs=macs)
+            rows.append((node, row))
+    return operations_of(plan.graph, rows)
 
 
 def _computes(node: fx.Node, values: Mapping[str, Any], layers: set[str]) -> bool:

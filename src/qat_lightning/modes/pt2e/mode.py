@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from torch import fx, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 from qat_lightning.errors import TraceError
 from qat_lightning.graph.example import Example, in_float32
+from qat_lightning.graph.scopes import join
 from qat_lightning.graph.signature import CallSpec
 from qat_lightning.graph.training_flags import set_training_flags, training_flags
 from qat_lightning.layers.batchnorm import is_batchnorm
@@ -23,6 +25,7 @@ from qat_lightning.modes.left_float import follow_checkpoints, leave_weights_flo
 from qat_lightning.modes.merged import note_merged
 from qat_lightning.modes.other_quantization import refuse_other_quantization
 from qat_lightning.modes.own_gradients import refuse_own_gradients
+from qat_lightning.modes.own_weights import float_rows
 from qat_lightning.modes.precision import refuse_mixed, refuse_other_precision
 from qat_lightning.modes.prepared import (
     PreparedState,
@@ -142,19 +145,17 @@ class Pt2eMode:
             names = ", ".join(result.unseen)
             notes.append(f"No finite range was ever observed for {names}: layers that read them stay float.")
         rows = with_reasons(coverage(state, prepared, result), state.left_float)
-        rows = layers_with_macs(rows, float_run(state.float_network, example), example)
-        layers = {row.name for row in rows}
-        operations = report(lambda: pt2e_operations(state, prepared, example, layers, found.values, result.unseen))
+        rows, operations = _rows(state, prepared, example, rows, found.values, result.unseen)
         return Converted(network, rows, found.checks, notes, operations, found.whole)
 
     def coverage(self, prepared: nn.Module, example: Example) -> list[LayerCoverage]:
         """See `Mode.coverage`."""
         assert isinstance(prepared, ExportedNetwork)
         state = prepared_state(prepared)
-        rows = with_reasons(coverage(state, prepared, None), state.left_float)
-        rows = layers_with_macs(rows, float_run(state.float_network, example), example)
-        layers = {row.name for row in rows}
-        return [*rows, *report(lambda: pt2e_operations(state, prepared, example, layers))]
+        rows, operations = _rows(
+            state, prepared, example, with_reasons(coverage(state, prepared, None), state.left_float)
+        )
+        return [*rows, *operations]
 
     def parts(self, prepared: nn.Module) -> list[str]:
         """See `Mode.parts`: layers only; ops between them are float in the decomposed graph already."""
@@ -168,6 +169,23 @@ class Pt2eMode:
     def leave_float(self, prepared: nn.Module, names: Collection[str], example: Example | None) -> None:
         """See `Mode.leave_float`."""
         leave_weights_float(prepared, names)
+
+
+def _rows(
+    state: PreparedState,
+    prepared: ExportedNetwork,
+    example: Example,
+    layers: list[LayerCoverage],
+    values: Mapping[str, Any] | None = None,
+    unseen: Sequence[str] = (),
+) -> tuple[list[LayerCoverage], list[LayerCoverage]]:
+    """The rows of the layers and of custom modules with weights of their own, and of the ops between them."""
+    seen, names = float_run(state.float_network, example), {row.name for row in layers}
+    ops = report(lambda: pt2e_operations(state, prepared, example, names, values, unseen))
+    custom = float_rows(
+        state.float_network, seen.custom, lambda name: state.recipe.selects(join(state.prefix, name)), ops.weights.get
+    )
+    return [*layers_with_macs(layers, seen, example), *custom], ops.rows
 
 
 def _refuse_spectral_norm(network: nn.Module) -> None:

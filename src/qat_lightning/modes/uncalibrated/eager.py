@@ -49,7 +49,7 @@ def quantize_eager(
     names = Names(prefix, {name for name, _ in original.named_modules()})
     checks, notes = check_layers(calls, recipe.target, names)
     whole = check_whole_of(integer, actual, calls, example, checks, names)
-    coverage, between = with_macs(coverage, original, example, recipe)
+    coverage, between = with_macs(coverage, original, example, recipe, prefix=prefix)
     return Converted(integer, coverage, checks, [*notes, *end_to_end(expected, actual)], between, whole)
 
 

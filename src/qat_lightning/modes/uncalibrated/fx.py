@@ -85,7 +85,7 @@ def quantize_fx(network: nn.Module, example: Example, recipe: Recipe, *, prefix:
     checks, notes = check_layers(calls, recipe.target, named)
     checked = check_whole_of(integer, actual, calls, example, checks, named)
     functions = _flops_of_functions(calls, [f"functional_{node.name}" for node in functional])
-    coverage, between = with_macs(coverage, original, example, recipe, functions, reached)
+    coverage, between = with_macs(coverage, original, example, recipe, functions, reached, prefix=prefix)
     return Converted(integer, coverage, checks, [*notes, *end_to_end(expected, actual)], between, checked)
 
 

@@ -9,25 +9,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from qat_lightning.graph.example import Example
-from qat_lightning.layers.operators import WEIGHTED
-from qat_lightning.modes.coverage import counter, in_single_products, macs_of
+from qat_lightning.graph.scopes import join
+from qat_lightning.modes.coverage import counter, float_run, in_single_products, macs_of
 from qat_lightning.modes.eager.layers import without_fast_paths
-from qat_lightning.modes.eager.observation import function_name
+from qat_lightning.modes.own_weights import float_rows
 from qat_lightning.modes.protocol import LayerCoverage
 from qat_lightning.modes.uncalibrated.checking import run
 from qat_lightning.settings.recipe import Recipe
-
-_PRODUCTS = {
-    *("linear", "matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm", "einsum", "tensordot", "bilinear"),
-    *("__matmul__", "__rmatmul__", "_grouped_mm", "conv1d", "conv2d", "conv3d"),
-    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
-}
-"""Names of functions whose weight could be stored as integers."""
 
 
 def with_macs(
@@ -37,6 +28,8 @@ def with_macs(
     recipe: Recipe,
     functions: Mapping[str, int] | None = None,
     reached: Collection[str] = (),
+    *,
+    prefix: str = "",
 ) -> tuple[list[LayerCoverage], list[LayerCoverage]]:
     """Add the multiply-accumulates of each layer in one call; a weight-only network has none in integers.
 
@@ -51,12 +44,14 @@ def with_macs(
         recipe: The recipe it is quantized with.
         functions: Floating point operations of rows that are not layers of the network.
         reached: Custom modules whose products are rows already.
+        prefix: The network's name in the LightningModule.
 
     Returns:
         The rows, and one for the products between layers, if there are any.
     """
     known = {*reached, *(row.name for row in rows)}
-    rows = [*rows, *(row for row in _own_products(network, example) if row.name not in known)]
+    custom = {name: own for name, own in float_run(network, example).custom.items() if name not in known}
+    rows = [*rows, *float_rows(network, custom, lambda name: recipe.selects(join(prefix, name)))]
     if recipe.kind != "dynamic":
         return rows, []
     network = copy.deepcopy(network)
@@ -76,42 +71,6 @@ def with_macs(
     left = macs_of(max(0, counted.get_total_flops() - sum(found.values())), example)
     reason = "kind='dynamic' quantizes layers, not the operations between them"
     return rows, [LayerCoverage("", "functions", False, reason, "op", macs=left)] if left else []
-
-
-class _Products(TorchFunctionMode):
-    """Records the parameters that functions multiply by, themselves or through a view."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.factors: set[int] = set()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function_name(func) in _PRODUCTS:
-            read = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
-            self.factors |= {id(leaf if leaf._base is None else leaf._base) for leaf in read}
-        return func(*args, **(kwargs or {}))
-
-
-def _own_products(network: nn.Module, example: Example) -> list[LayerCoverage]:
-    """A row for each custom module that multiplies by a parameter of its own, which has two or more dimensions."""
-    custom = {
-        name: [id(parameter) for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
-        for name, module in network.named_modules()
-        if not isinstance(module, WEIGHTED)
-    }
-    if not any(custom.values()):
-        return []
-    products = _Products()
-    with products:
-        run(network, example)
-    kinds = {
-        name: type(network.get_submodule(name)).__name__ for name, own in custom.items() if products.factors & {*own}
-    }
-    why = (
-        "is a custom class, and multiplies by its own weight in a function: a layer, such as nn.Linear, can be "
-        "quantized"
-    )
-    return [LayerCoverage(name, kind, False, f"{kind} {why}") for name, kind in kinds.items()]
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def quantize_pt2e(
         raise ConversionError(
             f"{spec.name} does not run once its weights are integers: {error}. Use exclude= for the part that fails."
         ) from error
-    coverage, between = with_macs(coverage, original, example, recipe)
+    coverage, between = with_macs(coverage, original, example, recipe, prefix=prefix)
     return Converted(integer, coverage, checks, [*_notes(recipe), *end_to_end(expected, actual)], between, whole)
 
 

@@ -127,7 +127,8 @@ class DirectMode:
         state = prepared_state(prepared)
         network = whole(copy.deepcopy(state.float_network).cpu().float().eval(), state.recipe)
         run_float(network, example)
-        rows, between = with_macs(cover(network, state.recipe, state.prefix), network, example, state.recipe)
+        rows = cover(network, state.recipe, state.prefix)
+        rows, between = with_macs(rows, network, example, state.recipe, prefix=state.prefix)
         return [*with_reasons(rows, state.left_float), *between]
 
     def parts(self, prepared: nn.Module) -> list[str]:

@@ -8,6 +8,7 @@ first layer, and integers pass from one kernel to the next (`int8`).
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -184,9 +185,8 @@ class EagerMode:
         """See `Mode.coverage`."""
         state = prepared_state(prepared)
         rows = with_reasons(_coverage(state, state.plan), state.left_float)
-        rows, operations = eager_rows(
-            rows, state.float_network, state.plan, example, lambda name: _selects(state, name)
-        )
+        selects = functools.partial(_selects, state)
+        rows, operations = eager_rows(rows, state.float_network, state.plan, example, selects)
         return [*rows, *operations]
 
     def parts(self, prepared: nn.Module) -> list[str]:

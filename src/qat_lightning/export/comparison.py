@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from qat_lightning.graph.example import Example
+from qat_lightning.graph.example import Example, call_apart
 from qat_lightning.measure.metrics import outputs_by_path
 
 DRAWS = 2
@@ -209,7 +209,7 @@ def _disturbed(reference: nn.Module, calls: Sequence[Example], seed: int) -> Com
     found = Comparison()
     for call in calls:
         args, kwargs = tree_map(changed, (call.args, call.kwargs))
-        found.update(reference(*call.args, **call.kwargs), reference(*args, **kwargs))
+        found.update(call_apart(reference, call), reference(*args, **kwargs))
     return found
 
 

@@ -11,7 +11,7 @@ from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ConfigurationError, ExportError, in_brief
 from qat_lightning.export.comparison import Comparison, problem
 from qat_lightning.export.plain_ops import in_plain_ops, of_two
-from qat_lightning.graph.example import Example
+from qat_lightning.graph.example import Example, call_apart
 from qat_lightning.graph.inference_call import InferenceCall, inference_call_between, inference_example
 from qat_lightning.graph.signature import CallSpec
 from qat_lightning.modes.protocol import Converted
@@ -102,9 +102,9 @@ def _of_mode_pt2e(network: QuantizedNetwork, call: Example) -> QuantizedNetwork:
         network.whole,
     )
     plain = QuantizedNetwork(converted, made, call, source=network.source)
-    found, expected = Comparison(), network(*call.args, **call.kwargs)
+    found, expected = Comparison(), call_apart(network, call)
     try:
-        actual = plain(*call.args, **call.kwargs)
+        actual = call_apart(plain, call)
     except Exception as error:  # kernels may raise anything
         raise ExportError(f"On plain tensors the network cannot run: {in_brief(error)}.") from error
     found.update(expected, actual)

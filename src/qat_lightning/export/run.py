@@ -24,7 +24,7 @@ from qat_lightning.export.program import int8_network
 from qat_lightning.export.protocol import Format, Source
 from qat_lightning.export.remote import RemoteNetwork, Server
 from qat_lightning.export.result import ExportResult, write_json
-from qat_lightning.graph.example import Example, example_of
+from qat_lightning.graph.example import Example, call_apart, example_of
 from qat_lightning.graph.signature import one_sample, samples
 from qat_lightning.measure.class_scores import ClassScores
 from qat_lightning.measure.fidelity import Fidelity
@@ -273,7 +273,7 @@ class _Job:
         if calls is self.batches and self._returned:
             return self._returned
         with torch.no_grad():
-            returned = [self.reference(*call.args, **call.kwargs) for call in calls]
+            returned = [call_apart(self.reference, call) for call in calls]
         if calls is self.batches:
             self._returned = returned
         return returned

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import CombinationError, ExportError, MissingExtraError
 from qat_lightning.export.comparison import Comparison, problem
+from qat_lightning.graph.example import call_apart
 from qat_lightning.layers.integer import IntegerLayer, WeightGrid
 from qat_lightning.layers.integer.plain_dynamic import PlainDynamicLinear
 from qat_lightning.layers.integer.weight_only import WeightOnly, WeightOnlyEmbedding
@@ -223,7 +224,7 @@ def save_torchao(network: QuantizedNetwork, folder: str | Path) -> Place:
         loaded = _save_pretrained(made, network.recipe, here) if _is_pretrained(made) else _save_plain(made, here)
         found, call = Comparison(), network.example
         with torch.no_grad():
-            found.update(network(*call.args, **call.kwargs), loaded(*call.args, **call.kwargs))
+            found.update(call_apart(network, call), call_apart(loaded, call))
         wrong = problem(found, network, [call], min_sqnr_db=20.0, min_equal=0.995)
         if wrong:
             raise ExportError(f"The network written to {folder} computes different values after loading: {wrong}.")

@@ -75,7 +75,9 @@ def samples_kept(values: int) -> int:
 
 
 def apart(example: Example) -> Example:
-    """The same call with a tensor of its own for each input: export takes one given twice for a single input.
+    """The same call with tensors of its own, one for each input.
+
+    Export takes a tensor given twice for a single input, and a forward may change its inputs in place.
 
     Example:
         >>> x = torch.ones(2)
@@ -88,6 +90,18 @@ def apart(example: Example) -> Example:
         return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
     return Example(tree_map(own, example.args), tree_map(own, example.kwargs))
+
+
+def call_apart(network: nn.Module, example: Example) -> Any:
+    """The outputs of a network, which may change its inputs in place, for a call that other networks get as well.
+
+    Example:
+        >>> example = Example((torch.tensor([-1.0, 1.0]),))
+        >>> call_apart(nn.ReLU(inplace=True), example), example.args[0]
+        (tensor([0., 1.]), tensor([-1.,  1.]))
+    """
+    own = apart(example)
+    return network(*own.args, **own.kwargs)
 
 
 def in_float32(example: Example) -> Example:

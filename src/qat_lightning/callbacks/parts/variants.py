@@ -16,7 +16,7 @@ from qat_lightning.callbacks.parts.precision import float_dtype
 from qat_lightning.graph.special_methods import take_special_methods
 from qat_lightning.graph.structures import look_into
 from qat_lightning.measure.fidelity import Fidelity
-from qat_lightning.modes.recording import same_random_numbers
+from qat_lightning.modes.recording import copies, same_random_numbers
 
 
 class Guests:
@@ -113,11 +113,13 @@ class Stand(nn.Module):
         if self.fidelity is None or not self.on_cpu:
             return self._in_own_precision(self._call(network, args, kwargs))
         random_state = torch.get_rng_state()
+        look_into(args, kwargs)
+        given = copies((args, kwargs))  # forward may change its inputs in place
         outputs = self._call(network, args, kwargs)
 
         def expected() -> Any:
             reference = self.__dict__["_reference"]
-            own_args, own_kwargs = self._in_precision_of(reference, (args, kwargs))
+            own_args, own_kwargs = self._in_precision_of(reference, copies(given))
             self._compares = True
             try:
                 with same_random_numbers(state=random_state):
@@ -125,7 +127,7 @@ class Stand(nn.Module):
             finally:
                 self._compares = False
 
-        self.fidelity.compare(expected, outputs, (args, kwargs), self.name)
+        self.fidelity.compare(expected, outputs, given, self.name)
         return self._in_own_precision(outputs)
 
     def _call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:

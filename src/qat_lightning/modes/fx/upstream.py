@@ -21,6 +21,7 @@ from qat_lightning.layers.quantized_tensors import without_deprecation
 from qat_lightning.modes.fx.batchnorm import as_upstream_wants
 from qat_lightning.modes.fx.calls import unfoldable_batchnorms
 from qat_lightning.modes.fx.config import backend_config, qconfig_mapping
+from qat_lightning.modes.fx.created import hide_created
 from qat_lightning.modes.fx.draws import hide_lasting_dropouts
 from qat_lightning.modes.fx.tree import with_batchnorms
 from qat_lightning.modes.fx.weights import hide_parametrized, set_aside
@@ -50,6 +51,7 @@ class Hidden:
     def __init__(self, network: nn.Module, graph_module: fx.GraphModule, example: Example) -> None:
         self.unfoldable = unfoldable_batchnorms(graph_module, example)
         self._show_dropouts = hide_lasting_dropouts(graph_module.graph)
+        self._show_created = hide_created(graph_module, example)
         self.read = set_aside(graph_module, graph_module.graph)
         self._put_constants_back = take_out_constants(graph_module.graph)
         self._show_parametrized = hide_parametrized(graph_module)
@@ -72,6 +74,7 @@ class Hidden:
         """
         self._show_parametrized(prepared)
         lasting = self._show_dropouts(prepared.graph)
+        self._show_created(prepared.graph)
         self._put_constants_back(prepared.graph)
         for module, flag in self._flags.items():
             module.training = flag

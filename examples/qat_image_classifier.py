@@ -44,7 +44,7 @@ def main() -> None:
     labels = (images[..., :6].mean((1, 2, 3)) > images[..., 6:].mean((1, 2, 3))).long()
     data = DataLoader(TensorDataset(images, labels), batch_size=32, shuffle=True)
 
-    qat = QuantizationAwareTraining(mode="fx", backend="x86", start=0.3, freeze_observers=0.7, freeze_batchnorm=0.7)
+    qat = QuantizationAwareTraining(mode="fx", backend="x86", start=0.3, freeze_observers=0.7)
     model = Classifier()
     trainer = Trainer(max_epochs=5, callbacks=[qat], logger=False, enable_checkpointing=False, accelerator="cpu")
     trainer.fit(model, data)

@@ -28,6 +28,8 @@ from qat_lightning.modes.fx.shapes import CONSTANT
 from qat_lightning.modes.graph_network import GraphNetwork, compile_graph
 from qat_lightning.modes.left_float import leave_float
 from qat_lightning.modes.prepared import cpu_copy, prepared_state
+from qat_lightning.modes.shared_range import UnionObserver
+from qat_lightning.numerics.fake_quantize import FakeQuantize
 
 _SAMPLES = 4
 
@@ -127,7 +129,7 @@ def _few(leaf: Tensor, size: int | None) -> Tensor:
 
 
 def _parting(network: GraphNetwork, other: GraphNetwork) -> str | None:
-    """The name of the first node where two traces differ in more than constants; None if there is none."""
+    """The name of the node near which two traces begin to differ in more than constants; None if there is none."""
     ways = [list(each.graph.nodes) for each in (network, other)]
     places = [{node: number for number, node in enumerate(way)} for way in ways]
 
@@ -136,8 +138,20 @@ def _parting(network: GraphNetwork, other: GraphNetwork) -> str | None:
 
     for one, two in zip(*ways, strict=False):
         if wiring(one, places[0]) != wiring(two, places[1]) or not _same_kind(one, network, other):
-            return str(two.name)
-    return None if len(ways[0]) == len(ways[1]) else str(max(ways, key=len)[min(map(len, ways))].name)
+            return _of_forward(two, other)
+    if len(ways[0]) == len(ways[1]):
+        return None
+    longer, way = max(zip((network, other), ways, strict=True), key=lambda pair: len(pair[1]))
+    return _of_forward(way[min(map(len, ways))], longer)
+
+
+def _of_forward(node: fx.Node, network: nn.Module) -> str:
+    """The name of a node that is not one of quantization: what an observer reads."""
+    while node.op == "call_module" and isinstance(
+        network.get_submodule(str(node.target)), (FakeQuantize, UnionObserver)
+    ):
+        node = node.all_input_nodes[0]
+    return str(node.name)
 
 
 def _same_kind(node: fx.Node, *networks: nn.Module) -> bool:
@@ -182,7 +196,7 @@ def _other_way(network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[str, A
     assert network.sizes is not None
     return TraceError(
         f"{network.sizes.refusal(network.sizes.others(args, kwargs))} Layers and ranges can only be shared between "
-        f"sizes that take the same path through forward, and these diverge before {node!r}. Or use mode='eager', "
+        f"sizes that take the same path through forward, and these diverge near {node!r}. Or use mode='eager', "
         "which needs no graph."
     )
 

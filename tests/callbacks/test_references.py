@@ -187,6 +187,38 @@ def test_a_part_that_a_graph_has_replaced_is_refused_before_the_first_step(kind:
     assert callback.fidelity["sqnr_db"] > 40
 
 
+class Held(nn.Module):
+    """Runs a layer that is not its child."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.held = [layer]
+
+    def forward(self, x: Tensor) -> Any:
+        return self.held[0](x)
+
+
+class InParts(nn.Module):
+    """A network with a layer and its ReLU, and a module that holds a layer without having it as a child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3)
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.held = Held(self.pool)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.held(torch.relu(self.first(x))).flatten(1))
+
+
+@pytest.mark.parametrize("mode", ["fx", "eager"])
+def test_layers_that_stay_float_run_as_parts_of_the_graph(mode: str) -> None:
+    module, callback = Lit(InParts()), qat(mode, exclude=["net.first", "net.held"])
+    trainer(callback).fit(module, loader())
+    assert [row.name for row in callback.quantized.coverage if row.quantized] == ["head"]
+
+
 def test_after_the_fit_the_float_network_is_a_module_of_its_own_again() -> None:
     net = Net()
     module, callback = Lit(net), qat()

@@ -16,7 +16,14 @@ from torch.nn.modules.loss import _Loss
 from torchmetrics import Metric, MetricCollection
 
 from qat_lightning.callbacks.parts.precision import float_dtype
-from qat_lightning.callbacks.parts.references import Redirections, names_of, own_call, refusing, replace_everywhere
+from qat_lightning.callbacks.parts.references import (
+    Redirections,
+    all_parts,
+    names_of,
+    own_call,
+    refusing,
+    replace_everywhere,
+)
 from qat_lightning.callbacks.parts.variants import Stand
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.layers.operators import module_types
@@ -376,7 +383,7 @@ class Slot:
         if self._replaced is None:
             return
         self._of_replaced.redirect(self._replaced, lambda *args, **kwargs: self.get()(*args, **kwargs))
-        taken_over = set(self.get().modules())
+        taken_over = all_parts(self.get())
         for part in list(self._replaced.modules())[1:]:
             if part not in taken_over:
                 self._of_replaced.redirect(part, refusing(self.name))

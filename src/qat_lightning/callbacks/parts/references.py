@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -27,6 +27,32 @@ def replace_everywhere(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
 def names_of(root: nn.Module, module: nn.Module) -> list[str]:
     """Return all dotted names of a module."""
     return [name for name, found in root.named_modules(remove_duplicate=False) if found is module]
+
+
+def all_parts(network: nn.Module) -> set[nn.Module]:
+    """Return the modules of a network, and those that its modules run without having them as children.
+
+    Example:
+        >>> outer, inner = nn.Identity(), nn.ReLU()
+        >>> vars(outer)["runs"] = nn.Sequential(inner)
+        >>> inner in set(outer.modules()), inner in all_parts(outer)
+        (False, True)
+    """
+    found = set[nn.Module]()
+    left = [network]
+    while left:
+        module = left.pop()
+        if module not in found:
+            found.add(module)
+            for value in vars(module).values():
+                left += [part for part in _held_in(value) if isinstance(part, nn.Module)]
+    return found
+
+
+def _held_in(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, (tuple, list)) else (value,)
 
 
 class Redirections:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from qat_lightning.callbacks.parts.network import OWN_FORWARD, OwnForward, Slot, find_networks
+from qat_lightning.callbacks.parts.find_networks import find_networks
+from qat_lightning.callbacks.parts.network import OWN_FORWARD, OwnForward, Slot
 from qat_lightning.errors import ConfigurationError, NetworkError
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from qat_lightning.callbacks.parts.network import shared_layers
+from qat_lightning.callbacks.parts.find_networks import shared_layers
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
 from qat_lightning.errors import ConfigurationError
 from tests.callbacks.lit import CLASSES, Lit, loader, state, trainer

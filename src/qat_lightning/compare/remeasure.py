@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.artifact import load_quantized
 from qat_lightning.artifact.quantized import QuantizedNetwork
-from qat_lightning.callbacks.parts.network import Slot, find_networks
+from qat_lightning.callbacks.parts.find_networks import find_networks
+from qat_lightning.callbacks.parts.network import Slot
 from qat_lightning.compare.noise import network_settings
 from qat_lightning.compare.quantizing import NAME, under_one_name
 from qat_lightning.compare.run import Run

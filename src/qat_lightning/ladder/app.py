@@ -12,7 +12,8 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qat_lightning.callbacks.parts.checkpoint_io import read_float_state
-from qat_lightning.callbacks.parts.network import Slot, find_networks
+from qat_lightning.callbacks.parts.find_networks import find_networks
+from qat_lightning.callbacks.parts.network import Slot
 from qat_lightning.compare.ladder import FOLDER
 from qat_lightning.compare.settings import flatten
 from qat_lightning.errors import CombinationError

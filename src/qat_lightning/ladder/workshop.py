@@ -21,7 +21,8 @@ from qat_lightning.artifact import load_quantized
 from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.callbacks.distillation import Distillation
 from qat_lightning.callbacks.parts.calibration_data import calls_in_steps
-from qat_lightning.callbacks.parts.network import Slot, find_networks
+from qat_lightning.callbacks.parts.find_networks import find_networks
+from qat_lightning.callbacks.parts.network import Slot
 from qat_lightning.callbacks.post_training_quantization import PostTrainingQuantization
 from qat_lightning.callbacks.quantization_aware_training import QuantizationAwareTraining
 from qat_lightning.callbacks.quantization_callback import QuantizationCallback

@@ -17,7 +17,8 @@ from torch import nn
 
 from qat_lightning.artifact import artifact_size_mb
 from qat_lightning.artifact.quantized import QuantizedNetwork
-from qat_lightning.callbacks.parts.network import OWN_FORWARD, Slot, find_networks
+from qat_lightning.callbacks.parts.find_networks import find_networks
+from qat_lightning.callbacks.parts.network import OWN_FORWARD, Slot
 from qat_lightning.callbacks.quantized_model_export import exported
 from qat_lightning.errors import NetworkError
 from qat_lightning.graph.example import Example

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_map
 
 from qat_lightning.callbacks.parts.calibration_data import calibrate_in_steps
 from qat_lightning.callbacks.parts.checkpoints import float_state_dict
-from qat_lightning.callbacks.parts.network import Slot, find_networks
+from qat_lightning.callbacks.parts.find_networks import find_networks
+from qat_lightning.callbacks.parts.network import Slot
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example
 from qat_lightning.run.metric import ModelMetric

@@ -18,7 +18,8 @@ from qat_lightning.callbacks.parts.between_processes import copy_from_first_proc
 from qat_lightning.callbacks.parts.calibration_data import calibration_loader
 from qat_lightning.callbacks.parts.calibration_source import CalibrationSource
 from qat_lightning.callbacks.parts.coverage_report import log_coverage, wandb_loggers, warn_of_detours
-from qat_lightning.callbacks.parts.network import Slot, find_networks
+from qat_lightning.callbacks.parts.find_networks import find_networks
+from qat_lightning.callbacks.parts.network import Slot
 from qat_lightning.callbacks.parts.networks import Networks
 from qat_lightning.callbacks.parts.preparation import Preparation
 from qat_lightning.callbacks.parts.recipes_in_fit import say_ranges

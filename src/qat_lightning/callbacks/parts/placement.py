@@ -15,9 +15,10 @@ from torch.utils.hooks import RemovableHandle
 from qat_lightning.callbacks.parts.checkpoint_io import save_whole_files
 from qat_lightning.callbacks.parts.checkpoints import exchange_weights, guard_loading, holds_quantization
 from qat_lightning.callbacks.parts.example import try_test_step
+from qat_lightning.callbacks.parts.find_networks import find_networks
 from qat_lightning.callbacks.parts.float_weights import FloatWeights
 from qat_lightning.callbacks.parts.learned import keep_from_ddp, learned_parameters
-from qat_lightning.callbacks.parts.network import Slot, find_networks
+from qat_lightning.callbacks.parts.network import Slot
 from qat_lightning.callbacks.parts.networks import BEFORE, Networks
 from qat_lightning.callbacks.parts.preparation import Preparation, cpu_and_float32
 from qat_lightning.callbacks.parts.sharding import (

@@ -13,8 +13,8 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.optim.swa_utils import AveragedModel
 
+from qat_lightning.callbacks.parts.find_networks import shared_layers
 from qat_lightning.callbacks.parts.layer_sync import synchronize_in_place
-from qat_lightning.callbacks.parts.network import shared_layers
 from qat_lightning.callbacks.parts.settings import QuantizationSettings
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.settings.kinds import DIRECT

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qat_lightning.errors import TraceError
 from qat_lightning.graph.example import Example
+from qat_lightning.modes.prepared import set_phase
 from qat_lightning.modes.registry import get_mode
 from qat_lightning.settings.recipe import Recipe
 from tests.modes.carried import prepared_as_float
@@ -140,3 +141,34 @@ FOLLOWED = [
 @pytest.mark.parametrize("step", FOLLOWED, ids=lambda step: step.__name__.strip("_"))
 def test_what_a_forward_notes_or_counts_in_buffers_may_change(step: Step) -> None:
     prepared_as_float(Network(step), X)
+
+
+class Cached(nn.Module):
+    """Looks its bias up in training, and keeps it by device in evaluation, as timm's TinyViT and EfficientViT do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.table = nn.Linear(6, 8), nn.Parameter(torch.randn(4, 8))
+        self.kept: dict[str, Tensor] = {}
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.training:
+            bias = self.table[2]
+        else:
+            if "cpu" not in self.kept:
+                self.kept["cpu"] = self.table[2]
+            bias = self.kept["cpu"]
+        return self.layer(x) + bias
+
+
+def test_what_a_forward_keeps_in_a_container_is_not_of_its_trace() -> None:
+    network = Cached()
+    prepared = get_mode("fx").prepare(network, Example((X,)), Recipe("fx", "x86"))
+    assert network.kept == {}
+    set_phase(prepared, fake_quant=False, observers=True, batchnorm_frozen=False)
+    with torch.no_grad():
+        assert torch.allclose(prepared.train()(X), network.train()(X), atol=1e-6)
+        network.table.add_(1)
+        assert torch.allclose(prepared.eval()(X), network.eval()(X), atol=1e-6)

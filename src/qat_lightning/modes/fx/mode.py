@@ -121,6 +121,7 @@ class FxMode:
         self, network: nn.Module, float_network: nn.Module, example: Example, recipe: Recipe, prefix: str
     ) -> GraphNetwork:
         reads, changes = attributes_read(network, example)
+        untraced = copy_of_modules(network) if changes else None
         selected = {
             name: recipe.selects(join(prefix, name)) and not no_kernel(module, recipe)
             for name, module in network.named_modules()
@@ -134,8 +135,8 @@ class FxMode:
 
         (graph_module, scopes, sizes), at_inference = traced_with_inference(network, example, traced)
         refuse_reassigned_buffers(float_network, example, "fx", graph=graph_module)
-        if changes:
-            refuse_counted(network, example, lambda network: traced(network, example)[0], learns=learns)
+        if untraced is not None:
+            refuse_counted(untraced, example, lambda network: traced(network, example)[0], learns=learns)
         two_and_more, mixed, evaluated = (graph_module.meta.pop(key) for key in (TWO_AND_MORE, MIXED, EVALUATED))
         leave_inside_float(graph_module, selected)
         if "twins" in recipe.families:

@@ -6,6 +6,7 @@ runs. A module without layers that cannot be traced, or draws random numbers, is
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
 import random
@@ -25,6 +26,7 @@ from qat_lightning.graph.buffers import write_back
 from qat_lightning.layers.operators import WEIGHTED
 from qat_lightning.modes.fx.layer_settings import LayerSettings, TracedValue
 from qat_lightning.modes.own_gradients import STOPPED, OwnGradient
+from qat_lightning.modes.plain_attributes import is_own
 from qat_lightning.modes.structured_tracer import StructuredTracer
 from qat_lightning.numerics.recomputation import Checkpointed
 
@@ -318,6 +320,12 @@ def counting(network: nn.Module) -> Iterator[set[str]]:
     """
     attributes = {module: (dict(vars(module)), dict(module._buffers)) for module in network.modules()}
     hooks = [(vars(module)[name], dict(vars(module)[name])) for module in attributes for name in _HOOKS]
+    containers = [
+        (value, copy.copy(value))
+        for module in attributes
+        for name, value in vars(module).items()
+        if isinstance(value, (dict, list, set)) and is_own(name)
+    ]
     kept = {name: buffer.detach().clone() for name, buffer in network.named_buffers()}
     counted: set[str] = set()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -331,6 +339,8 @@ def counting(network: nn.Module) -> Iterator[set[str]]:
                     counted.add(name.rpartition(".")[0])
             for module, before in attributes.items():
                 _give_back(module, *before)
+            for container, before_call in containers:
+                _refill(container, before_call)
             for now, had in hooks:
                 for added in now.keys() - had.keys():
                     del now[added]
@@ -345,6 +355,15 @@ def _give_back(module: nn.Module, attributes: dict[str, Any], buffers: dict[str,
     module.__dict__.update(attributes | made)
     module._buffers.clear()
     module._buffers.update(buffers)
+
+
+def _refill(container: Any, before: Any) -> None:
+    """Restore what is in a container, such as a cache in which a trace has left its values."""
+    if isinstance(container, list):
+        container[:] = before
+    else:
+        container.clear()
+        container.update(before)
 
 
 @contextmanager

@@ -70,6 +70,7 @@ class Networks:
         self.decisions: dict[str, Decision] = {}
         self.prepared: dict[str, nn.Module] = {}
         self.compiled = False
+        self._in_place_of: dict[str, nn.Module] = {}  # the sharded networks, while copies stand in `prepared`
 
     def apply(self, phase: Phase) -> None:
         """Switch all networks to a phase; flags are set even if they should be set already."""
@@ -101,10 +102,11 @@ class Networks:
         keep = everywhere or is_first_process()
         copies = {name: whole_copy(network, keep=keep) for name, network in sharded.items()}
         before, self.prepared = self.prepared, self.prepared | {n: c for n, c in copies.items() if c is not None}
+        outside, self._in_place_of = self._in_place_of, self._in_place_of | sharded
         try:
             yield
         finally:
-            self.prepared = before
+            self.prepared, self._in_place_of = before, outside
         for name, copied in copies.items():
             if copied is not None:
                 leave_float(sharded[name], prepared_state(copied).left_float, self.examples[name])
@@ -153,8 +155,8 @@ class Networks:
         return next((why for p in self.prepared.values() if (why := prepared_state(p).recipe.simulated)), "")
 
     def checksums(self) -> dict[str, int]:
-        """Return a checksum of each prepared network's weights and ranges."""
-        return {name: checksum(prepared) for name, prepared in self.prepared.items()}
+        """Return a checksum of each network's weights and ranges; within `whole` not those of the copies."""
+        return {name: checksum(prepared) for name, prepared in (self.prepared | self._in_place_of).items()}
 
     def know_a_range(self) -> bool:
         """Whether some network has an observed range, or needs none."""

@@ -6,7 +6,7 @@
 #   make env PYTHON=python3.12 TORCH_INDEX=https://download.pytorch.org/whl/cpu    # torch without CUDA
 #   make test-torch TORCH=2.15.0                 # another torch, in its own environment
 #   make gpu ARGS="--parts tests step"
-#   make test-torch TORCH=2.9.1 PYTHON=python3.10
+#   make test-torch TORCH=2.15.0 PYTHON=python3.13
 
 PYTHON ?= python3
 VENV ?= .venv

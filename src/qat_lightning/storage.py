@@ -71,7 +71,7 @@ def require_storage(path: str | os.PathLike[str]) -> None:
             ) from error
         except ValueError as error:
             raise ConfigurationError(
-                f"{where!r} is not possible: fsspec does not know the protocol {protocol!r}. It knows s3, gs, abfs "
+                f"{where!r} is not valid: fsspec does not know the protocol {protocol!r}. It knows s3, gs, abfs "
                 "and others (fsspec.available_protocols())."
             ) from error
 

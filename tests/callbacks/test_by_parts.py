@@ -80,7 +80,8 @@ def test_auto_quantizes_the_parts_and_says_which(
         trainer(callback, max_epochs=2).fit(module, loader(*shape))
     assert f"its parts {', '.join(map(repr, parts))}, and the code around them stays Python" in caplog.text
     assert callback.quantized.recipe.mode == "parts"
-    assert {row.name: row.quantized for row in callback.coverage if row.what == "layer"} == layers
+    covered = {row.name: row.quantized for row in callback.coverage if row.what == "layer"}
+    assert covered == {f"net.{name}": quantized for name, quantized in layers.items()}
     assert [name for name, _ in module.named_parameters()] == order
     assert set(float_state_dict(module.state_dict())) == set(keys)
     callback.save(tmp_path / "a.int8")

@@ -176,7 +176,7 @@ def test_without_a_compiler_the_error_says_what_to_install() -> None:
 
 
 def test_a_word_is_no_flag() -> None:
-    with pytest.raises(ConfigurationError, match="compile='yes' is not possible"):
+    with pytest.raises(ConfigurationError, match="compile='yes' is not valid"):
         qat(compile="yes")
 
 

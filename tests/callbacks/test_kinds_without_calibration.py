@@ -111,7 +111,7 @@ def test_coverage_is_that_of_the_conversion() -> None:
     ptq = PostTrainingQuantization(kind="dynamic", mode="eager", backend="fbgemm")
     assert ptq.coverage is None
     trainer(ptq).test(Lit(Rows()), loader(), verbose=False)
-    assert [(row.name, row.quantized) for row in ptq.coverage] == [("gru", True), ("head", True)]
+    assert [(row.name, row.quantized) for row in ptq.coverage] == [("net.gru", True), ("net.head", True)]
 
 
 def test_auto_takes_the_mode_with_the_most_integers_and_of_equal_ones_the_first_that_can_be_saved() -> None:

@@ -176,7 +176,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing() -> None:
             qat("fx", **settings)
     with pytest.raises(ConfigurationError, match="kind='dynamic' does not use"):
         PostTrainingQuantization(kind="dynamic", bias_correction=True)
-    with pytest.raises(ConfigurationError, match=r"adaround=100 is not possible: give a qat_lightning.AdaRound"):
+    with pytest.raises(ConfigurationError, match=r"adaround=100 is not valid: give a qat_lightning.AdaRound"):
         PostTrainingQuantization(adaround=100)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match=r"adaround= needs calibration data"):
         PostTrainingQuantization(kind="weight_only", adaround=AdaRound())

@@ -488,7 +488,7 @@ def test_the_other_package_is_refused_in_one_line(make: Callable[[], Any]) -> No
 
     fitting = other.Trainer(callbacks=[make()], accelerator="cpu", logger=False, enable_checkpointing=False)
     with pytest.raises(
-        ConfigurationError, match=r"^This Trainer is pytorch_lightning's, .* `import lightning.pytorch as pl`\.$"
+        ConfigurationError, match=r"^This Trainer comes from pytorch_lightning, .* `import lightning.pytorch as pl`\.$"
     ):
         fitting.fit(Other(), loader())
 

@@ -187,8 +187,8 @@ def test_code_that_no_graph_has_trains_in_eager_and_says_what_stays_float() -> N
     callback = qat("eager", "dynamic", start=1)
     trainer(callback).fit(Lit(Recurrent()), loader())
     reasons = {row.name: row.reason for row in callback.coverage if row.what == "layer"}
-    assert "cannot be trained for its dynamic kernel" in reasons["lstm"]
-    assert not reasons["head"]
+    assert "cannot be trained for its dynamic kernel" in reasons["net.lstm"]
+    assert not reasons["net.head"]
     weights = qat("eager", "weight_only", start=1)
     trainer(weights).fit(Lit(Recurrent()), loader())
     assert all(row.quantized for row in weights.coverage)
@@ -243,7 +243,7 @@ def test_hooks_on_layers_stay_with_their_integer_layers(mode: str, kind: str) ->
     run = trainer(callback, max_epochs=1)
     run.fit(module, loader())
     run.test(module, loader(), verbose=False)
-    assert {row.name for row in callback.coverage if row.quantized} >= {"embed", "head"}
+    assert {row.name for row in callback.coverage if row.quantized} >= {"net.embed", "net.head"}
     assert callback.fidelity["sqnr_db"] > 60
 
 

@@ -241,10 +241,10 @@ def test_the_callback_pickles_with_its_state() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"freezing": 2.0}, "freezing=2.0 is not possible: give a number from 0 to 1"),
-        ({"dampening": [0.1, -1]}, r"dampening=\[0.1, -1\] is not possible"),
-        ({"momentum": 1.0}, "momentum=1.0 is not possible"),
-        ({"momentum": 0}, "momentum=0 is not possible"),
+        ({"freezing": 2.0}, "freezing=2.0 is not valid: give a number from 0 to 1"),
+        ({"dampening": [0.1, -1]}, r"dampening=\[0.1, -1\] is not valid"),
+        ({"momentum": 1.0}, "momentum=1.0 is not valid"),
+        ({"momentum": 0}, "momentum=0 is not valid"),
     ],
 )
 def test_what_cannot_be_is_refused_at_construction(settings: dict[str, Any], message: str) -> None:

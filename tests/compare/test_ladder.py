@@ -35,5 +35,5 @@ def test_what_is_no_ladder_is_said(tmp_path: Path) -> None:
     assert read_ladder(tmp_path) is None
     (tmp_path / "ladder").mkdir()
     (tmp_path / "ladder" / "ladder.json").write_text('{"rows": 3}')
-    with pytest.raises(RunFileError, match="is not a ladder"):
+    with pytest.raises(RunFileError, match="is not the result of a search"):
         read_ladder(tmp_path)

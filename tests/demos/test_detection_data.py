@@ -73,10 +73,10 @@ def test_images_of_other_sizes_are_fitted_with_their_boxes(tmp_path: Path) -> No
 
 ROW = ("train", "train0", "red", 1, 1, 9, 9)
 FAULTS: list[tuple[Any, dict[str, Any], str]] = [
-    (None, {"boxes": "none.csv"}, r"none\.csv is no file"),
+    (None, {"boxes": "none.csv"}, r"none\.csv is not a file"),
     (None, {"columns": {"xmin": "left"}}, r"no column 'left'; it has split, image.*columns\.xmin=NAME"),
     (None, {"columns": {"x": "left"}}, "unknown keys x: use split, image"),
-    (None, {"num_classes": 3}, r"2 classes \(blue, red\), not 3: say data\.num_classes=2"),
+    (None, {"num_classes": 3}, r"2 classes \(blue, red\), not 3: set data\.num_classes=2"),
     (None, {"suffix": ".jpg"}, r"16 of 16 images are missing\. line 2: .* and \d+ more rows.*suffix=\.jpg"),
     (None, {"images": "elsewhere"}, "images are missing"),
     (None, {"image_size": 60}, r"multiples of 32, like data\.image_size=256"),
@@ -107,7 +107,7 @@ def test_what_is_wrong_is_said_before_training(row: Any, settings: dict[str, Any
 
 def test_a_split_without_boxes_and_a_file_that_is_no_image_are_refused(folder: Path) -> None:
     (folder / "images" / "test1.png").write_text("not an image")
-    with pytest.raises(ConfigurationError, match=r"test1\.png is no image"):
+    with pytest.raises(ConfigurationError, match=r"test1\.png is not an image"):
         data(folder).setup("fit")
     write_table(folder / "boxes.csv", [ROW])
     with pytest.raises(ConfigurationError, match="no box of the split val"):

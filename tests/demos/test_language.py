@@ -36,7 +36,7 @@ def test_a_text_is_split_by_position_and_shifted_by_one(text: Path) -> None:
 
 
 def test_what_is_no_text_or_too_short_is_refused(text: Path) -> None:
-    with pytest.raises(ConfigurationError, match="is no file"):
+    with pytest.raises(ConfigurationError, match="is not a file"):
         TextFileDataModule(text.parent / "none.txt")
     with pytest.raises(ConfigurationError, match="context=102"):
         TextFileDataModule(text, context=500).setup("fit")

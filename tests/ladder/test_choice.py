@@ -197,7 +197,7 @@ def test_a_search_keeps_the_rungs_that_it_began_with() -> None:
         "sequential_mse",
         "adaround_blocks",
     ]
-    with pytest.raises(ConfigurationError, match=r"has more rungs \(magic\)"):
+    with pytest.raises(ConfigurationError, match=r"has more steps \(magic\)"):
         rungs_of(["static", "magic"])
 
 

@@ -172,6 +172,11 @@ def test_what_cannot_be_is_refused_before_anything_runs(float_run: tuple[Lit, Da
         (Target(max_size_mb=1e-5), {}, "cannot be reached: 972 parameters"),
         (Target(max_drop=0.1), {"short_epochs": -1}, "short_epochs=-1"),
         (Target(max_drop=0.1), {"files": ["nothing"]}, "files: ['nothing']"),
+        (
+            Target(max_drop=0.1),
+            {"files": ["tflite"]},
+            "files: ['tflite']",
+        ),  # a format, but none that is tried for speed
         (Target(max_drop=0.1), {"mode": "pt2e", "backend": "qnnpack"}, "mode="),
         ({"max_drop": 0.1}, {}, "give a qat_lightning.Target"),
     ):

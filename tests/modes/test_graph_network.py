@@ -182,7 +182,7 @@ def test_the_graphs_for_other_sizes_that_were_used_last_are_kept(kind: Any, monk
         kept = dict(network.__dict__["_made_for"])
         network(images[0])
         assert network.__dict__["_made_for"] == kept, "none is made again"
-        with pytest.warns(UserWarning, match="more than 3 other sizes .* use fewer sizes, .* or mode='eager'"):
+        with pytest.warns(UserWarning, match="more than 3 sizes besides .* use fewer sizes, .* or mode='eager'"):
             network(images[-1])
         assert len(network.__dict__["_made_for"]) == most
         keys = {network.sizes.key((images[number],), {}) for number in (0, 1) if network.sizes is not None}

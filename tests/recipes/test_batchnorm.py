@@ -115,7 +115,7 @@ def test_after_distillation_and_before() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="batches=0 is not possible"):
+    with pytest.raises(ConfigurationError, match="batches=0 is not valid"):
         BatchNormReestimation(batches=0)
     with pytest.raises(ConfigurationError, match="needs exactly one QuantizationAwareTraining"):
         trainer(BatchNormReestimation()).fit(Lit(), loader())

@@ -264,7 +264,7 @@ def test_the_error_of_int8_falls_where_channels_are_outliers(
 
 @pytest.mark.parametrize("value", [1, "yes", None])
 def test_what_is_neither_true_nor_false_is_refused(value: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"rotation=.* is not possible: use True or False"):
+    with pytest.raises(ConfigurationError, match=r"rotation=.* is not valid: use True or False"):
         Recipe("fx", "x86", rotation=value)
 
 

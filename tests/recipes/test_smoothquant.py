@@ -169,7 +169,7 @@ def test_dynamic_int8_of_outliers_is_nearer_to_float() -> None:
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, True, "much"])
 def test_what_is_no_strength_is_refused(value: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"smoothquant=.* is not possible: give a number from 0"):
+    with pytest.raises(ConfigurationError, match=r"smoothquant=.* is not valid: give a number from 0"):
         Recipe("fx", "x86", smoothquant=value)
 
 

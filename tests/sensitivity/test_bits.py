@@ -194,7 +194,7 @@ def test_what_no_choice_keeps_is_said_with_the_nearest() -> None:
         ([4, 16], {"max_drop": 1.0}, "give two or more"),
         (["float"], {"max_drop": 1.0}, "give two or more"),
         ([4, 8], {}, "There is no limit"),
-        ([4, 8], {"max_size_mb": -1.0}, "max_size_mb=-1.0 is not possible"),
+        ([4, 8], {"max_size_mb": -1.0}, "max_size_mb=-1.0 is not valid"),
     ],
 )
 def test_what_is_no_choice_is_refused(candidates: Any, limits: Any, says: str) -> None:

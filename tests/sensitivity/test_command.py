@@ -60,7 +60,7 @@ def test_what_is_wrong_with_the_input_is_said(run: Path, tmp_path: Path, capsys:
         ([str(run), "--metric", "val/f1"], "validation_step logs val/"),
         ([str(run), "--checkpoint", str(run / "none.ckpt")], "is not a file"),
         ([str(run), "model.module.net.width=8"], "does not match this model"),
-        ([str(run), "--max-drop", "-1"], "max_drop=-1.0 is not possible"),
+        ([str(run), "--max-drop", "-1"], "max_drop=-1.0 is not valid"),
         ([str(run), "--metric", "sqnr", "--smaller-is-better"], "leave out --smaller-is-better"),
     ):
         assert main([*words, "--validation-batches", "1", "--no-plot"]) == 2

@@ -28,7 +28,7 @@ def test_every_other_pair_is_refused_with_the_right_ones(mode: str, name: str) -
     with pytest.raises(ConfigurationError) as caught:
         get_backend(name, mode)
     for right in BACKENDS[name].modes:
-        assert f"mode={right}" in str(caught.value)
+        assert f"mode={right!r}" in str(caught.value)
     for backend in (b for m, b in pairs() if m == mode):
         assert backend in str(caught.value)
 

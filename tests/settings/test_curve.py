@@ -27,7 +27,7 @@ def test_it_goes_from_its_beginning_to_its_end_and_never_back(begin: float, end:
 
 @pytest.mark.parametrize("value", [-0.1, "0.1", [0.1], [0.1, 0.2, 0.3], [0.1, None], True, float("nan"), 1.5])
 def test_what_is_no_number_or_pair_is_refused(value: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"freezing=.* is not possible: give a number from 0 to 1"):
+    with pytest.raises(ConfigurationError, match=r"freezing=.* is not valid: give a number from 0 to 1"):
         Cosine.parse(value, name="freezing", most=1.0)
 
 

@@ -65,7 +65,7 @@ def test_it_is_what_a_loop_over_the_patterns_finds(patterns: list[str], name: st
         ({"net": {"weight_bit": 4}}, "did you mean 'weight_bits'"),
         ({"net": {"learned_step": "lsq"}}, "or set it for the whole network"),
         ({"net": {"activation_observer": "min_max"}}, "cannot be set for a single layer"),
-        ({"net": {"weight_bits": 9}}, r"In scheme.overrides\['net'\]: scheme.weight_bits=9 is not possible"),
+        ({"net": {"weight_bits": 9}}, r"In scheme.overrides\['net'\]: scheme.weight_bits=9 is not valid"),
     ],
 )
 def test_what_is_not_possible_is_refused_with_what_is(overrides: Any, says: str) -> None:
@@ -89,7 +89,7 @@ def test_what_a_kind_or_a_backend_has_not_is_refused_for_the_pattern(recipe: Any
 
 
 def test_what_a_kind_does_not_use_or_cannot_do_is_said_for_layers_too() -> None:
-    with pytest.raises(ConfigurationError, match="activation_bits=4 is not possible with kind='dynamic'"):
+    with pytest.raises(ConfigurationError, match="activation_bits=4 is not supported with kind='dynamic'"):
         check_kind(Recipe("fx", "x86", Scheme(overrides={"net": {"activation_bits": 4}}), kind="dynamic"))
     with pytest.warns(UserWarning, match="leaves activations float, and does not use scheme.activation_bits=4"):
         check_kind(Recipe("fx", "x86", Scheme(overrides={"net": {"activation_bits": 4}}), kind="weight_only"))

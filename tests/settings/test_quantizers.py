@@ -69,7 +69,7 @@ def test_another_argument_is_another_recipe() -> None:
         (3, "a dotted path such as 'package.module.Class'"),
         (object(), "a dotted path such as 'package.module.Class'"),
         ({"path": PATH}, "no '_target_' with a dotted path"),
-        ({"_target_": PATH, "_partial_": True}, "'_partial_' is not possible"),
+        ({"_target_": PATH, "_partial_": True}, "'_partial_' is not valid"),
         ({"_target_": PATH, "dtype": object()}, "cannot be stored in a checkpoint"),
         (lambda: 3, "is not a PT2E quantizer"),
         (lambda more: more, "cannot be called without arguments"),
@@ -98,7 +98,7 @@ def test_a_path_that_leads_nowhere_says_where_it_ends(path: str, says: str) -> N
 
 @pytest.mark.parametrize("mode", ["eager", "fx", "parts"])
 def test_other_modes_have_no_such_backend(mode: str) -> None:
-    with pytest.raises(CombinationError, match="use mode=pt2e"):
+    with pytest.raises(CombinationError, match="use mode='pt2e'"):
         Recipe(mode, PATH)
 
 

@@ -61,7 +61,7 @@ class Distillation(Callback):
             token, else 1.
 
     Raises:
-        ConfigurationError: A setting is not possible; at construction.
+        ConfigurationError: A setting is not valid; at construction.
 
     Example:
         >>> Distillation(temperature=2.0, features=["net.layer3"]).settings.features
@@ -85,7 +85,7 @@ class Distillation(Callback):
         check_number("task_weight", task_weight, least=0)
         check_number("feature_weight", feature_weight, above=0)
         if class_axis is not None and type(class_axis) is not int:
-            raise ConfigurationError(f"class_axis={class_axis!r} is not possible: give an int, like -1, or None.")
+            raise ConfigurationError(f"class_axis={class_axis!r} is not valid: give an int, like -1, or None.")
         check_word("loss", loss)
         if loss not in LOSSES:
             raise ConfigurationError(f"loss={loss!r} is unknown: use one of {', '.join(LOSSES)}.")

@@ -69,7 +69,7 @@ class MedianPruning(Callback):
         check_word("monitor", monitor)
         check_flag("enabled", enabled)
         if mode not in ("min", "max"):
-            raise ConfigurationError(f"mode={mode!r} is not possible: use max or min.")
+            raise ConfigurationError(f"mode={mode!r} is not valid: use max or min.")
         for name, value in (("warmup_epochs", warmup_epochs), ("min_trials", min_trials)):
             check_count(name, value)
         self.folder = Path(folder)

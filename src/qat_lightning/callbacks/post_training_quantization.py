@@ -26,6 +26,7 @@ from qat_lightning.callbacks.parts.together import (
 )
 from qat_lightning.callbacks.parts.variant_source import CalibratedVariants
 from qat_lightning.callbacks.quantization_callback import QuantizationCallback
+from qat_lightning.modes.coverage import under
 from qat_lightning.recipes.adaround import AdaRound
 from qat_lightning.recipes.sequential_mse import clipping
 from qat_lightning.rehearsal.auto import Decision
@@ -159,7 +160,12 @@ class PostTrainingQuantization(QuantizationCallback):
         """Rows of what conversion makes int8; for kinds without preparation, of what it has made."""
         if self._copies.calibrates:
             return super().coverage
-        return one_or_all({name: list(quantized.coverage) for name, quantized in self._int8.named().items()})
+        return one_or_all(
+            {
+                name: under(self._networks.slots[name].prefix, quantized.coverage)
+                for name, quantized in self._int8.named().items()
+            }
+        )
 
     # Fit: rehearse before it, quantize after it
 

@@ -81,8 +81,9 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     Args:
         mode: ``"fx"``, ``"eager"``, ``"pt2e"``, ``"parts"``, or ``"auto"`` for the best that supports this network.
-        backend: ``"x86"``, ``"fbgemm"``, ``"onednn"`` or ``"qnnpack"`` in eager, fx and parts; ``"x86"``, ``"xnnpack"``
-            or ``"tensorrt"`` in pt2e. In pt2e also any PT2E ``Quantizer``: a dotted path (``"package.module.Class"``,
+        backend: ``"x86"``, ``"fbgemm"``, ``"onednn"`` or ``"qnnpack"`` in eager, fx and parts; ``"x86"``,
+            ``"xnnpack"``, ``"tensorrt"``, ``"openvino"``, ``"tosa"``, ``"ethosu"``, ``"vgf"``, ``"cortex_m"`` or
+            ``"vulkan"`` in pt2e. In pt2e also any PT2E ``Quantizer``: a dotted path (``"package.module.Class"``,
             or a function that returns one), a class or a function, a mapping (``{"_target_":
             "package.module.Class", "bits": 8}``), or an instance, of which checkpoints store only the class.
         module: Dotted name of the network in the LightningModule, or a list of names, or ``"."`` for the

@@ -100,8 +100,9 @@ class QuantizationCallback(Callback):
     def coverage(self) -> Any:
         """What conversion will make int8, and why the rest stays float: a list of `LayerCoverage` rows.
 
-        Computed from the prepared network; a dict of lists for several networks, None before there is one. The result
-        of conversion is in ``quantized.coverage`` (layers) and ``quantized.operations``.
+        Computed from the prepared network; a dict of lists for several networks, None before there is one. Names are
+        relative to the LightningModule, as ``exclude`` takes them. The result of conversion is in
+        ``quantized.coverage`` (layers) and ``quantized.operations``, with names relative to the network.
         """
         return one_or_all({name: self._networks.coverage(name) for name in self._networks.prepared})
 

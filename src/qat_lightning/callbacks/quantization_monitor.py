@@ -75,7 +75,7 @@ class QuantizationMonitor(Callback):
         layers: The figures of the last measured step, a `qat_lightning.measure.monitoring.LayerFigures` for each layer.
 
     Raises:
-        ConfigurationError: An argument is not possible; at construction.
+        ConfigurationError: An argument is not valid; at construction.
 
     Example:
         >>> QuantizationMonitor(every_n_steps=200, curves=["weight_sqnr_db"]).curves
@@ -272,7 +272,7 @@ class QuantizationMonitor(Callback):
 
 def _check_count(name: str, value: Any) -> int:
     if type(value) is not int or value < 1:
-        raise ConfigurationError(f"{name}={value!r} is not possible: give a whole number of 1 or more.")
+        raise ConfigurationError(f"{name}={value!r} is not valid: give a whole number of 1 or more.")
     return value
 
 

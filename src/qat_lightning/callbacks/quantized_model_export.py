@@ -63,7 +63,7 @@ class QuantizedModelExport(Callback):
         results: The result of each format; for several networks in the LightningModule by ``format-network``.
 
     Raises:
-        ConfigurationError: A setting is not possible; at construction.
+        ConfigurationError: A setting is not valid; at construction.
         CombinationError: A format does not support this mode and backend; before training.
         MissingExtraError: The package of a format, or for the protocol of a URL, is not installed; before training.
 
@@ -84,14 +84,12 @@ class QuantizedModelExport(Callback):
         self.formats = check_names("formats", formats, example="['pt2', 'torchscript']")
         unknown = [name for name in self.formats if name not in FORMATS]
         if unknown or not self.formats:
-            raise ConfigurationError(
-                f"formats={list(self.formats)!r} is not possible: use some of {', '.join(FORMATS)}."
-            )
+            raise ConfigurationError(f"formats={list(self.formats)!r} is not valid: use some of {', '.join(FORMATS)}.")
         check_count("batches", batches)
         check_number("min_agreement", min_agreement, least=0)
         check_number("min_sqnr_db", min_sqnr_db, least=0)
         if min_agreement > 1:
-            raise ConfigurationError(f"min_agreement={min_agreement!r} is not possible: give a share from 0 to 1.")
+            raise ConfigurationError(f"min_agreement={min_agreement!r} is not valid: give a share from 0 to 1.")
         if dirpath is not None:
             require_folder(dirpath)
         self.dirpath = dirpath

@@ -47,7 +47,7 @@ class WeightOscillations(Callback):
         momentum: The weight of a step in the moving averages of frequencies and of integers, in (0, 1).
 
     Raises:
-        ConfigurationError: A setting is not possible; at construction.
+        ConfigurationError: A setting is not valid; at construction.
 
     Example:
         >>> WeightOscillations(freezing=(0.1, 0.015)).freezing
@@ -64,7 +64,7 @@ class WeightOscillations(Callback):
         self.dampening = Cosine.parse(dampening, name="dampening")
         check_number("momentum", momentum, above=0)
         if momentum >= 1:
-            raise ConfigurationError(f"momentum={momentum!r} is not possible: give a number below 1, such as 0.01.")
+            raise ConfigurationError(f"momentum={momentum!r} is not valid: give a number below 1, such as 0.01.")
         self.momentum = float(momentum)
         self._tracker = OscillationTracker(self.momentum)
         self._plan = TrainingPlan()

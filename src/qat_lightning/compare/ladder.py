@@ -92,4 +92,4 @@ def read_ladder(folder: Path) -> Ladder | None:
     try:
         return Ladder.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RunFileError(f"{path} is not a ladder: {error}") from error
+        raise RunFileError(f"{path} is not the result of a search: {error}") from error

@@ -96,7 +96,7 @@ class DetectionModule(AdamWModule):
             )
         for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold)):
             if not 0 <= value <= 1:
-                raise ConfigurationError(f"{name}={value!r} is not possible: give a number from 0 to 1.")
+                raise ConfigurationError(f"{name}={value!r} is not valid: give a number from 0 to 1.")
         self.save_hyperparameters(ignore=["net"], logger=False)
         self.net = net
         self.num_classes = num_classes

@@ -27,7 +27,7 @@ class AdamWModule(LightningModule):
     ) -> None:
         super().__init__()
         if scheduler not in SCHEDULERS:
-            raise ConfigurationError(f"scheduler={scheduler!r} is not possible: use one of {', '.join(SCHEDULERS)}.")
+            raise ConfigurationError(f"scheduler={scheduler!r} is not valid: use one of {', '.join(SCHEDULERS)}.")
         self.lr = lr
         self.weight_decay = weight_decay
         self.scheduler = scheduler

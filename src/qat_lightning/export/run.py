@@ -106,11 +106,11 @@ def export_quantized(
         (True, 'model.torchscript.pt')
     """
     if isinstance(formats, str) or not formats:
-        raise ConfigurationError(f"formats={formats!r} is not possible: give a list of some of {', '.join(FORMATS)}.")
+        raise ConfigurationError(f"formats={formats!r} is not valid: give a list of some of {', '.join(FORMATS)}.")
     if not 0 <= min_agreement <= 1:
-        raise ConfigurationError(f"min_agreement={min_agreement!r} is not possible: give a share from 0 to 1.")
+        raise ConfigurationError(f"min_agreement={min_agreement!r} is not valid: give a share from 0 to 1.")
     if not min_sqnr_db >= 0:
-        raise ConfigurationError(f"min_sqnr_db={min_sqnr_db!r} is not possible: give 0 or more, in dB.")
+        raise ConfigurationError(f"min_sqnr_db={min_sqnr_db!r} is not valid: give 0 or more, in dB.")
     if data and len(data) != len(batches):
         raise ConfigurationError(f"data= has {len(data)} batches for {len(batches)} calls: give one for each call.")
     require_folder(folder)

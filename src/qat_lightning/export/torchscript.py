@@ -72,8 +72,9 @@ class TorchScript:
             torch.jit.save(frozen, str(path), _extra_files={_ENGINE: engine or ""})
         if reads.sizes:
             warnings.warn(
-                f"The TorchScript file takes only inputs of sizes that lead where the example's do, and raises an "
-                f"error for others, since the network reads sizes in Python: {', '.join(reads.sizes)}.",
+                f"The TorchScript file accepts only input sizes that take the same path through forward as the "
+                "example, and raises an error for others, since the network reads sizes in Python: "
+                f"{', '.join(reads.sizes)}.",
                 stacklevel=2,
             )
 

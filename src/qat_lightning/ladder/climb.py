@@ -221,7 +221,7 @@ class Climb:
         needs = self._expected(step.plan, clock) if limited else 0.0
         left = clock.left
         if needs > left:
-            self._why_ended = f"The remaining rungs do not fit in the {self.target.max_minutes:g} minutes."
+            self._why_ended = f"The remaining steps do not fit in the {self.target.max_minutes:g} minutes."
             about = "longer" if math.isinf(needs) else f"about {needs:.1f} minutes"
             why = f"not started: it takes {about}, and {left:.1f} minutes are left"
             return Attempt(name, step.plan, started=False, error=why)

@@ -82,8 +82,8 @@ def untied(thing: Thing) -> Thing:
         return copy.deepcopy(thing)
     except (TypeError, RuntimeError, NotImplementedError) as error:
         raise ConfigurationError(
-            f"{type(thing).__name__} cannot be copied ({error}), and each rung starts from a copy of it: create what "
-            "it holds in setup()."
+            f"{type(thing).__name__} cannot be copied ({error}), and each step of the search starts from a "
+            "copy of it: create what it holds in setup()."
         ) from error
     finally:
         thing.trainer = before[0] or before[1]

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Literal
 
 from qat_lightning.errors import ConfigurationError, MissingExtraError
-from qat_lightning.export.formats import FORMATS, check_formats
+from qat_lightning.export.formats import check_formats
 from qat_lightning.ladder.plan import Plan
 from qat_lightning.ladder.sources import ErrorSources, Side
 from qat_lightning.ladder.target import LIMITS, Limit
@@ -20,6 +20,9 @@ from qat_lightning.recipes.sequential_mse import clipping
 from qat_lightning.settings.overrides import Overrides
 from qat_lightning.settings.recipe import Kind, Recipe
 from qat_lightning.settings.scheme import ActivationObserver, Scheme
+
+FILES = ("torchscript", "onnx", "openvino", "pt2", "executorch")
+"""The formats to try for speed, cheapest first."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class Known:
         epochs: Epochs of the short and of the long training; 0 to leave a training out.
         files: The formats that may be shipped.
         ranking: Globs of the most sensitive layers, most sensitive first; None until it is measured.
-        bits: Overrides of the scheme with each layer's bits within the size; None until they are chosen, empty if that
-            is not possible.
+        bits: Overrides of the scheme with each layer's bits within the size; None until they are chosen, empty if none
+            fits.
         distillation: Whether trainings learn from the float network; False once such a training has failed.
         adaround: Iterations for each layer or block; 0 to leave AdaRound out.
         blocks: Whether the network has blocks whose layers AdaRound can learn together.
@@ -41,7 +44,7 @@ class Known:
     """
 
     epochs: tuple[int, int] = (2, 8)
-    files: tuple[str, ...] = FORMATS
+    files: tuple[str, ...] = FILES
     ranking: tuple[str, ...] | None = None
     bits: Mapping[str, Any] | None = None
     distillation: bool = True
@@ -227,9 +230,6 @@ def _file(plan: Plan, known: Known, *, name: str) -> Plan | None:
 STATIC = Rung("static", None, _first)
 OTHER_MODE = Rung("mode_auto", None, _other_mode)
 
-_FASTER_IN = ("torchscript", "onnx", "openvino", "pt2", "executorch")
-"""The formats to try for speed, cheapest first."""
-
 RUNGS: tuple[Rung, ...] = (
     STATIC,
     OTHER_MODE,
@@ -239,7 +239,7 @@ RUNGS: tuple[Rung, ...] = (
     Rung("weights_2bit", "size", partial(_bits, bits=2)),
     Rung("backend_fbgemm", "speedup", partial(_kernels, mode="fx", backend="fbgemm")),
     Rung("backend_onednn", "speedup", partial(_kernels, mode="fx", backend="onednn")),
-    *(Rung(f"file_{name}", "speedup", partial(_file, name=name)) for name in _FASTER_IN),
+    *(Rung(f"file_{name}", "speedup", partial(_file, name=name)) for name in FILES),
     Rung("mode_pt2e", "speedup", partial(_kernels, mode="pt2e", backend="x86")),
     Rung("observer_min_max", "drop", _calibrated(_observer, name="min_max"), side="activations"),
     Rung("observer_percentile", "drop", _calibrated(_observer, name="percentile"), side="activations"),
@@ -310,7 +310,7 @@ def rungs_of(names: Collection[str] | None) -> tuple[Rung, ...]:
         return tuple(rung for rung in RUNGS if rung.name not in _NOT_IN_EARLIER_SEARCHES)
     if unknown := sorted({*names} - {rung.name for rung in RUNGS}):
         raise ConfigurationError(
-            f"The search was started by a version of qat-lightning that has more rungs ({', '.join(unknown)}): "
+            f"The search was started by a version of qat-lightning that has more steps ({', '.join(unknown)}): "
             "continue it with that version, or give another folder=."
         )
     return tuple(rung for rung in RUNGS if rung.name in names)

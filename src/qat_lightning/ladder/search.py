@@ -19,14 +19,13 @@ from torch import nn
 from qat_lightning.compare.metric import Metric, choose_metric
 from qat_lightning.compare.run import Run
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.export.formats import FORMATS
 from qat_lightning.ladder.climb import Climb, Floor, Loggers
 from qat_lightning.ladder.clock import Clock
 from qat_lightning.ladder.judgement import check_finite
 from qat_lightning.ladder.parts import validate_parts, validate_whole
 from qat_lightning.ladder.plan import Plan, PostTrainingKind
 from qat_lightning.ladder.reached import Reached
-from qat_lightning.ladder.rungs import RUNGS, Known, rungs_of
+from qat_lightning.ladder.rungs import FILES, RUNGS, Known, rungs_of
 from qat_lightning.ladder.sources import ErrorSources
 from qat_lightning.ladder.store import FLOAT_WEIGHTS, Store, digest_of
 from qat_lightning.ladder.target import Target
@@ -75,7 +74,7 @@ def reach(
     long_epochs: int = 8,
     distillation: bool = True,
     adaround_iterations: int = 1000,
-    files: Sequence[str] = FORMATS,
+    files: Sequence[str] = FILES,
     loggers: Loggers | None = None,
     seed: int = 0,
     test: bool = True,
@@ -125,8 +124,8 @@ def reach(
         distillation: Let trainings learn from the float network's class scores; False for other outputs.
         adaround_iterations: Iterations for each layer or block; 0 to leave AdaRound out, the slowest step without
             training.
-        files: The formats that may be shipped, of `qat_lightning.export.formats.FORMATS`; those whose packages are
-            installed are tried if the speed is missed.
+        files: The formats that may be shipped, of ``"torchscript"``, ``"onnx"``, ``"openvino"``, ``"pt2"`` and
+            ``"executorch"``; those whose packages are installed are tried if the speed is missed.
         loggers: Creates the loggers of a rung from its name, so that each is a run of its own: for W&B ``lambda rung:
             [WandbLogger(name=rung, group="my-ladder")]``. The float network's is ``"float"``, the final one ``"test"``.
         seed: The seed of each rung, so that its result does not depend on the launch that runs it.
@@ -236,13 +235,13 @@ def without_banners() -> Iterator[None]:
 
 def _check(target: Target, counts: Mapping[str, int], files: Sequence[str]) -> None:
     if not isinstance(target, Target):
-        raise ConfigurationError(f"target={target!r} is not possible: give a qat_lightning.Target.")
+        raise ConfigurationError(f"target={target!r} is not valid: give a qat_lightning.Target.")
     for name, value in counts.items():
         if type(value) is not int or value < 0:
-            raise ConfigurationError(f"{name}={value!r} is not possible: give an int from 0.")
-    if isinstance(files, str) or (unknown := [one for one in files if one not in FORMATS]):
+            raise ConfigurationError(f"{name}={value!r} is not valid: give an integer of at least 0.")
+    if isinstance(files, str) or (unknown := [one for one in files if one not in FILES]):
         given = files if isinstance(files, str) else unknown
-        raise ConfigurationError(f"files: {given!r} is not possible: give a list of some of {', '.join(FORMATS)}.")
+        raise ConfigurationError(f"files: {given!r} is not valid: give a list of some of {', '.join(FILES)}.")
 
 
 def _floor(workshop: Workshop, store: Store, loggers: Loggers, asked: tuple[str | None, bool | None]) -> Floor:

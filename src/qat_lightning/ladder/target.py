@@ -59,9 +59,9 @@ class Target:
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not number or value < 0 or (value == 0 and name != "max_drop"):
                 least = "a number of 0 or more" if name == "max_drop" else "a number above 0"
-                raise ConfigurationError(f"target.{name}={value!r} is not possible: give {least}.")
+                raise ConfigurationError(f"target.{name}={value!r} is not valid: give {least}.")
         if not isinstance(self.confident, bool):
-            raise ConfigurationError(f"target.confident={self.confident!r} is not possible: use True or False.")
+            raise ConfigurationError(f"target.confident={self.confident!r} is not valid: use True or False.")
         if self.confident and self.max_drop is None:
             raise ConfigurationError("target.confident=True is about the drop: give max_drop as well.")
 

@@ -111,8 +111,8 @@ class Fidelity:
             warnings.warn(
                 f"The outputs that int8 is compared with are the same in all {self._constant.calls} calls of the test, "
                 "whatever the inputs are: no agreement and SQNR are reported, because they would say nothing. If the "
-                "float network depends on its inputs in evaluation, train for more steps: BatchNorm statistics that "
-                "are not those of the data yet make values so small that they round to zero.",
+                "float network depends on its inputs in evaluation, train for more steps: until BatchNorm's running "
+                "statistics match the data, activations can be so small that all of them round to zero.",
                 stacklevel=2,
             )
             return {}

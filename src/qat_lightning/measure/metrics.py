@@ -292,7 +292,7 @@ def latency_interleaved(
         ['a', 'b']
     """
     if rounds < 1:
-        raise ConfigurationError(f"rounds={rounds} is not possible: give 1 or more rounds, for example 15.")
+        raise ConfigurationError(f"rounds={rounds} is not valid: give 1 or more rounds, for example 15.")
     timers = {name: _timer(module, args, kwargs) for name, module in modules.items()}
     times: dict[str, list[float]] = {name: [] for name in modules}
     with ExitStack() as stack:

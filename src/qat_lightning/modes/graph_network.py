@@ -264,7 +264,7 @@ class GraphNetwork(KeepsExtraState):
         if not self.__dict__["_warned_of_sizes"]:
             self.__dict__["_warned_of_sizes"] = True
             warnings.warn(
-                f"The network was called with inputs of more than {MOST_SIZES} other sizes than that of its example. "
+                f"The network was called with inputs of more than {MOST_SIZES} sizes besides that of its example. "
                 "Each needs a graph, of which those that were used last are kept. Calls with many different sizes are "
                 "slow, because a graph that was dropped is made again: use fewer sizes, for example multiples of 32, "
                 "or mode='eager', which needs no graphs.",

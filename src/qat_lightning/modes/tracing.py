@@ -63,8 +63,8 @@ from qat_lightning.modes.source_lines import line_at_fault
 from qat_lightning.numerics.recomputation import Checkpointed, no_checkpoints
 
 WHAT_TO_DO = (
-    "What to do: give module='<a submodule that can be>' to quantize a part, or use mode='eager', which needs no "
-    "graph, or mode='auto', which chooses the best mode that works."
+    "What to do: give module='<a submodule that can be traced>' to quantize a part, or use mode='eager', which needs "
+    "no graph, or mode='auto', which chooses the best mode that works."
 )
 
 

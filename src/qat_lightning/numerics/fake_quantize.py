@@ -113,7 +113,7 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         # Upstream's __init__ stores the flags as tensors, which EMA would average and a checkpoint would save.
         nn.Module.__init__(self)
         if is_dynamic:
-            raise ValueError("FakeQuantize observes static ranges only; is_dynamic=True is not possible.")
+            raise ValueError("FakeQuantize observes static ranges only; is_dynamic=True is not supported.")
         self.grid = IntegerGrid(dtype, quant_min, quant_max, qscheme, ch_axis)
         self.dtype, self.qscheme, self.ch_axis = dtype, qscheme, ch_axis
         self.quant_min, self.quant_max = quant_min, quant_max

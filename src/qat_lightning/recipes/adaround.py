@@ -58,14 +58,14 @@ class AdaRound:
         for name in ("iterations", "batch_size"):
             value: Any = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise ConfigurationError(f"adaround.{name}={value!r} is not possible: give an int from 1.")
+                raise ConfigurationError(f"adaround.{name}={value!r} is not valid: give an integer of at least 1.")
         for name in ("learning_rate", "regularization", "warm_up"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not number or value < 0 or (name == "learning_rate" and value == 0):
-                raise ConfigurationError(f"adaround.{name}={value!r} is not possible: give a number above 0.")
+                raise ConfigurationError(f"adaround.{name}={value!r} is not valid: give a number above 0.")
         if self.warm_up >= 1:
-            raise ConfigurationError(f"adaround.warm_up={self.warm_up!r} is not possible: give a share below 1.")
+            raise ConfigurationError(f"adaround.warm_up={self.warm_up!r} is not valid: give a share below 1.")
         self._check_blocks()
 
     def _check_blocks(self) -> None:
@@ -75,7 +75,7 @@ class AdaRound:
         names = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else ()
         if not names or not all(isinstance(name, str) and name for name in names):
             raise ConfigurationError(
-                f"adaround.blocks={given!r} is not possible: use 'none', 'auto', or a list of names of submodules, "
+                f"adaround.blocks={given!r} is not valid: use 'none', 'auto', or a list of names of submodules, "
                 "like ['net.layer1.0', 'net.layer1.1']."
             )
         object.__setattr__(self, "blocks", names)

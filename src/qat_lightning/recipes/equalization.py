@@ -38,7 +38,7 @@ def check_equalization(value: Any) -> None:
     """
     if not isinstance(value, str) or value not in get_args(Kind):
         kinds = ", ".join(map(repr, get_args(Kind)))
-        raise ConfigurationError(f"equalization={value!r} is not possible: use one of {kinds}.")
+        raise ConfigurationError(f"equalization={value!r} is not valid: use one of {kinds}.")
 
 
 @dataclass

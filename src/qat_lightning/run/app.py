@@ -71,8 +71,8 @@ def check(cfg: DictConfig) -> None:
     elif cfg.method.get("continues"):
         if cfg.baseline.use != "start":
             raise CombinationError(
-                f"method={cfg.method.name} trains a float run on: add baseline=start, which trains that run first if "
-                "it does not exist yet."
+                f"method={cfg.method.name} continues the training of a float run: add baseline=start, which trains "
+                "that run first if it does not exist yet."
             )
     elif cfg.float_checkpoint is not None:
         raise CombinationError(

@@ -135,16 +135,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--config-dir", type=Path, default=Path("conf"), help="without a run's folder: train.py's configurations")
     add("--checkpoint", type=Path, help="by default the run's checkpoints/last.ckpt")
     add("--metric", help="what validation_step logs, or sqnr of the outputs (default: the model's own metric)")
-    add("--smaller-is-better", action="store_true", help="the metric is a loss")
-    add("--rank-by", choices=["alone", "without"], default="alone", help="quantized alone, or all but it")
-    add("--max-drop", type=float, help="in percentage points of a score within 0 and 1, as compare has it")
+    add("--smaller-is-better", action="store_true", help="smaller values of the metric are better")
+    add(
+        "--rank-by",
+        choices=["alone", "without"],
+        default="alone",
+        help="measure each layer quantized alone, or all but it",
+    )
+    add("--max-drop", type=float, help="largest drop, in percentage points of a score between 0 and 1")
     add("--min-size-ratio", type=float, help="how many times smaller the weights have to be")
-    add("--bits", type=_candidate, nargs="+", metavar="BITS", help="choose for each layer, as in --bits 4 8 float")
-    add("--max-size-mb", type=float, help="with --bits: of the int8 file, in 10^6 bytes")
-    add("--max-latency-ms", type=float, help="with --bits: of one sample on this machine")
-    add("--calibration-batches", type=_positive, default=8, help="of the training data (default: 8)")
+    add("--bits", type=_candidate, nargs="+", metavar="BITS", help="candidate bits of each layer, such as 4 8 float")
+    add("--max-size-mb", type=float, help="with --bits: largest size of the int8 file, in 10^6 bytes")
+    add("--max-latency-ms", type=float, help="with --bits: largest latency of one sample on this machine")
+    add("--calibration-batches", type=_positive, default=8, help="training batches for calibration (default: 8)")
     add("--validation-batches", type=_positive, help=f"by default all; {SQNR_BATCHES} for sqnr")
-    add("--out", type=Path, help="folder of what is written (default: sensitivity, in the run's folder)")
+    add("--out", type=Path, help="folder for results (default: sensitivity, in the run's folder)")
     add("--no-plot", action="store_true", help="leave out the picture, which needs matplotlib (the extra plots)")
     return parser
 

@@ -49,7 +49,7 @@ class BitLimits:
             raise ConfigurationError("There is no limit: give max_drop, max_size_mb or max_latency_ms.")
         for name, value in given.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ConfigurationError(f"{name}={value!r} is not possible: give a number of 0 or more.")
+                raise ConfigurationError(f"{name}={value!r} is not valid: give a number of 0 or more.")
 
     def excess(self, float_metric: float, measured: Measured) -> dict[str, float]:
         """Return each limit that is exceeded, and by how much in its unit."""

@@ -43,7 +43,7 @@ class Budget:
             if value is not None and (
                 isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least
             ):
-                raise ConfigurationError(f"{name}={value!r} is not possible: give a number of {least:g} or more.")
+                raise ConfigurationError(f"{name}={value!r} is not valid: give a number of {least:g} or more.")
 
 
 @dataclass(frozen=True)

@@ -280,9 +280,9 @@ def sensitivity(
         (['0', '2'], 300.0)
     """
     if kind not in ("static", *DIRECT):
-        raise ConfigurationError(f"kind={kind!r} is not possible: use 'static', 'dynamic' or 'weight_only'.")
+        raise ConfigurationError(f"kind={kind!r} is not valid: use 'static', 'dynamic' or 'weight_only'.")
     if rank_by not in ("alone", "without"):
-        raise ConfigurationError(f"rank_by={rank_by!r} is not possible: use 'alone' or 'without'.")
+        raise ConfigurationError(f"rank_by={rank_by!r} is not valid: use 'alone' or 'without'.")
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise ConfigurationError(f"batches is a {type(batches).__name__}: give a list of calls, like [x].")
     examples = [batch if isinstance(batch, Example) else _example(batch) for batch in batches]

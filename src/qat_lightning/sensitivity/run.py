@@ -58,7 +58,7 @@ class Options:
     def __post_init__(self) -> None:
         """Check that SQNR is not minimized."""
         if self.sqnr and self.smaller_is_better:
-            raise ConfigurationError("--metric sqnr is larger for a better network: leave out --smaller-is-better.")
+            raise ConfigurationError("A larger SQNR is better: leave out --smaller-is-better.")
 
     @property
     def sqnr(self) -> bool:

@@ -199,8 +199,8 @@ def get_backend(name: str, mode: str) -> Backend:
     if mode != "auto" and mode not in backend.modes:
         for_mode = ", ".join(row.name for row in _TABLE if mode in row.modes)
         raise CombinationError(
-            f"mode={mode!r} has no backend={name!r}: use mode={' or mode='.join(backend.modes)} for {name}, "
-            f"or one of the backends of {mode}: {for_mode}."
+            f"mode={mode!r} does not support backend={name!r}: for {name} use "
+            f"{' or '.join(f'mode={other!r}' for other in backend.modes)}; the backends of {mode} are {for_mode}."
         )
     return backend
 

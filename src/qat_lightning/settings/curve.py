@@ -56,7 +56,7 @@ class Cosine:
         if len(ends) != 2 or not all(_is_number(end) and 0 <= end <= most for end in ends):
             bound = f"from 0 to {most:g}" if math.isfinite(most) else "of at least 0"
             raise ConfigurationError(
-                f"{name}={value!r} is not possible: give a number {bound}, two of them for its values at the beginning "
+                f"{name}={value!r} is not valid: give a number {bound}, two of them for its values at the beginning "
                 "and at the end of the training, or null (None) to leave it out."
             )
         return cls(float(ends[0]), float(ends[1]))

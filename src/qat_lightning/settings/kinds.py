@@ -23,7 +23,7 @@ _OWN_GRIDS = (
     "kind='static') or kind='static', or backend='x86'"
 )
 
-_BY_PARTS = "this kind needs no graph to be captured: use mode='eager', which reaches every layer of Python code"
+_BY_PARTS = "it needs no captured graph, so use mode='eager', which reaches the layers of every network"
 
 UNSUPPORTED: dict[tuple[str, str, str], str] = {
     **{(kind, "parts", backend): _BY_PARTS for kind in DIRECT for backend in BACKENDS},
@@ -96,7 +96,7 @@ def _check_dynamic(recipe: Recipe) -> None:
     ):
         if value != usual:
             raise ConfigurationError(
-                f"scheme.{field}={value!r} is not possible with kind='dynamic', whose kernels support symmetric "
+                f"scheme.{field}={value!r} is not supported with kind='dynamic', whose kernels support symmetric "
                 f"weights and compute an affine 8-bit range in each call: use scheme.{field}={usual!r}."
             )
 

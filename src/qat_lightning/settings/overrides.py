@@ -49,7 +49,7 @@ class Overrides(dict[str, Any]):
         """
         value = {} if value is None else value
         if not isinstance(value, Mapping):
-            raise ConfigurationError(f"scheme.overrides={value!r} is not possible: use {_POSSIBLE}.")
+            raise ConfigurationError(f"scheme.overrides={value!r} is not valid: use {_POSSIBLE}.")
         found = cls()
         for pattern, fields in value.items():
             if not isinstance(pattern, str) or not pattern:
@@ -111,7 +111,7 @@ def _fields(pattern: str, fields: Any) -> Any:
         return FLOAT
     if not isinstance(fields, Mapping) or not fields:
         raise ConfigurationError(
-            f"scheme.overrides[{pattern!r}]={fields!r} is not possible: use the word 'float', or a mapping of "
+            f"scheme.overrides[{pattern!r}]={fields!r} is not valid: use the word 'float', or a mapping of "
             f"{', '.join(OF_A_LAYER)}."
         )
     for field in fields:

@@ -68,7 +68,7 @@ class QuantizerSource:
             path = _path_of(given)
             return cls(path) if path else cls.of(_called(given))
         if isinstance(given, type) or not _quantizes(given):
-            raise ConfigurationError(f"backend={given!r} is not possible: give {FORMS}.")
+            raise ConfigurationError(f"backend={given!r} is not valid: give {FORMS}.")
         return cls(f"{type(given).__module__}.{type(given).__qualname__.replace('<locals>.', '')}", None, given)
 
     @property
@@ -123,9 +123,9 @@ def _of_mapping(given: Mapping[Any, Any]) -> tuple[str, dict[str, Any]]:
     path = given.get("_target_")
     words = [key for key in given if not isinstance(key, str) or (key.startswith("_") and key != "_target_")]
     if not isinstance(path, str) or not is_path(path) or words:
-        which = f"the key {words[0]!r} is not possible" if words else "it has no '_target_' with a dotted path"
+        which = f"the key {words[0]!r} is not valid" if words else "it has no '_target_' with a dotted path"
         raise ConfigurationError(
-            f"backend={dict(given)!r} is not possible: {which}. Give {{'_target_': 'package.module.Class'}} and "
+            f"backend={dict(given)!r} is not valid: {which}. Give {{'_target_': 'package.module.Class'}} and "
             "keyword arguments besides."
         )
     return path, {key: value for key, value in given.items() if key != "_target_"}

@@ -128,7 +128,7 @@ class Recipe:
                 raise ConfigurationError(f"{name}={value!r} is unknown: use one of {', '.join(get_args(possible))}.")
         check_smoothquant(self.smoothquant, self.kind)
         if not isinstance(self.rotation, bool):
-            raise ConfigurationError(f"rotation={self.rotation!r} is not possible: use True or False.")
+            raise ConfigurationError(f"rotation={self.rotation!r} is not valid: use True or False.")
         check_runtime(self.runtime, self.mode, self.backend, self.kind)
         self._check_scheme()
         self._check_overrides()
@@ -136,7 +136,7 @@ class Recipe:
             globs = getattr(self, name)
             if isinstance(globs, str) or not all(isinstance(glob, str) and glob for glob in globs):
                 raise ConfigurationError(
-                    f"{name}={globs!r} is not possible: give a list of globs of module names, like ['head.*']."
+                    f"{name}={globs!r} is not valid: give a list of globs of module names, like ['head.*']."
                 )
 
     def _check_scheme(self) -> None:
@@ -153,7 +153,7 @@ class Recipe:
             )
         if self.quantizer is not None and scheme.activation_bits == 16:
             raise ConfigurationError(
-                f"scheme.activation_bits=16 is not possible with backend={self.backend!r}, whose quantizer sets the "
+                f"scheme.activation_bits=16 is not supported with backend={self.backend!r}, whose quantizer sets the "
                 "bits of activations: leave it out, and configure the quantizer for torch.int16."
             )
         if self.kind == "qat" and scheme.activation_observer in CALIBRATION_ONLY:
@@ -164,8 +164,8 @@ class Recipe:
             )
         if self.kind != "qat" and scheme.learned:
             raise ConfigurationError(
-                f"scheme.learned_step={scheme.learned_step!r} needs training, and this is kind={self.kind!r}: use "
-                "'none', or QuantizationAwareTraining."
+                f"scheme.learned_step={scheme.learned_step!r} needs fixed activation ranges and training: use "
+                "QuantizationAwareTraining with kind='static', its default, or learned_step='none'."
             )
 
     def _check_overrides(self) -> None:
@@ -371,7 +371,7 @@ def check_smoothquant(value: Any, kind: str = "qat") -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if value is not None and not (number and 0 <= value <= 1):
         raise ConfigurationError(
-            f"smoothquant={value!r} is not possible: give a number from 0 (all stays in the activations) to 1 (all "
+            f"smoothquant={value!r} is not valid: give a number from 0 (all stays in the activations) to 1 (all "
             "goes into the weights), such as 0.5, or None to leave it out."
         )
     if value is not None and kind == "weight_only":

@@ -79,7 +79,7 @@ class Scheme:
         >>> Scheme(weight_bits=1)
         Traceback (most recent call last):
             ...
-        qat_lightning.errors.ConfigurationError: scheme.weight_bits=1 is not possible: use an int from 2 to 8.
+        qat_lightning.errors.ConfigurationError: scheme.weight_bits=1 is not valid: use an int from 2 to 8.
         >>> scheme = Scheme(weight_bits=4, overrides={"net.head": {"weight_bits": 8}, "net.stem": "float"})
         >>> scheme.of("net.head").weight_bits, scheme.of("net.blocks.0").weight_bits
         (8, 4)
@@ -207,4 +207,4 @@ _WORDS: dict[str, Any] = {
 
 
 def _refuse(field: str, value: object, possible: str) -> None:
-    raise ConfigurationError(f"scheme.{field}={value!r} is not possible: use {possible}.")
+    raise ConfigurationError(f"scheme.{field}={value!r} is not valid: use {possible}.")

@@ -111,7 +111,7 @@ def with_baseline(cfg: DictConfig) -> DictConfig:
         ConfigurationError: The baseline's settings are invalid.
     """
     if cfg.baseline.use not in USES:
-        raise ConfigurationError(f"baseline.use={cfg.baseline.use} is not possible: use one of {', '.join(USES)}.")
+        raise ConfigurationError(f"baseline.use={cfg.baseline.use} is not valid: use one of {', '.join(USES)}.")
     if cfg.baseline.use == "none":
         return cfg
     if cfg.trainer.devices not in (1, "1", "auto") or OmegaConf.select(cfg, "trainer.num_nodes", default=1) != 1:

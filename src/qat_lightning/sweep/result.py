@@ -56,7 +56,7 @@ class TrialResult:
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
-            raise ConfigurationError(f"status={self.status!r} is not possible: use one of {', '.join(STATUSES)}.")
+            raise ConfigurationError(f"status={self.status!r} is not valid: use one of {', '.join(STATUSES)}.")
 
     @property
     def done(self) -> bool:

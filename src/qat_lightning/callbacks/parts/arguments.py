@@ -20,7 +20,7 @@ def check_word(name: str, value: Any) -> None:
         ConfigurationError: It is not one; the message names the argument.
     """
     if not isinstance(value, str) or not value:
-        raise ConfigurationError(f"{name}={value!r} is not possible: give a name.")
+        raise ConfigurationError(f"{name}={value!r} is not valid: give a name.")
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -30,7 +30,7 @@ def check_flag(name: str, value: Any) -> None:
         ConfigurationError: It is not one; the message names the argument.
     """
     if not isinstance(value, bool):
-        raise ConfigurationError(f"{name}={value!r} is not possible: give true or false.")
+        raise ConfigurationError(f"{name}={value!r} is not valid: give true or false.")
 
 
 def check_number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> None:
@@ -49,12 +49,12 @@ def check_number(name: str, value: Any, *, above: float | None = None, least: fl
         >>> check_number("temperature", 0, above=0)
         Traceback (most recent call last):
             ...
-        qat_lightning.errors.ConfigurationError: temperature=0 is not possible: give a number greater than 0.
+        qat_lightning.errors.ConfigurationError: temperature=0 is not valid: give a number greater than 0.
     """
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not number or (above is not None and value <= above) or (least is not None and value < least):
         bound = f" greater than {above}" if above is not None else f" of at least {least}" if least is not None else ""
-        raise ConfigurationError(f"{name}={value!r} is not possible: give a number{bound}.")
+        raise ConfigurationError(f"{name}={value!r} is not valid: give a number{bound}.")
 
 
 def check_count(name: str, value: Any) -> None:
@@ -64,7 +64,7 @@ def check_count(name: str, value: Any) -> None:
         ConfigurationError: It is not one; the message names the argument.
     """
     if type(value) is not int or value < 1:
-        raise ConfigurationError(f"{name}={value!r} is not possible: give an int from 1.")
+        raise ConfigurationError(f"{name}={value!r} is not valid: give an integer of at least 1.")
 
 
 def check_names(name: str, value: Any, *, example: str) -> tuple[str, ...]:
@@ -79,12 +79,12 @@ def check_names(name: str, value: Any, *, example: str) -> tuple[str, ...]:
         >>> check_names("include", "head.*", example="['head.*']")
         Traceback (most recent call last):
             ...
-        qat_lightning.errors.ConfigurationError: include='head.*' is not possible: give a list, like ['head.*'].
+        qat_lightning.errors.ConfigurationError: include='head.*' is not valid: give a list, like ['head.*'].
     """
     if value is None:
         return ()
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not all(map(_is_name, value)):
-        raise ConfigurationError(f"{name}={value!r} is not possible: give a list, like {example}.")
+        raise ConfigurationError(f"{name}={value!r} is not valid: give a list, like {example}.")
     return tuple(value)
 
 
@@ -98,7 +98,7 @@ def check_stages(name: str, value: Any) -> tuple[str, ...]:
     unknown = [stage for stage in stages if stage not in STAGES]
     if unknown or "train" not in stages:
         raise ConfigurationError(
-            f"{name}={value!r} is not possible: "
+            f"{name}={value!r} is not valid: "
             + (f"{unknown[0]!r} is not one of {', '.join(STAGES)}." if unknown else "'train' must be one of them.")
         )
     return stages
@@ -114,7 +114,7 @@ def check_file(name: str, value: Any) -> Place | None:
     if value is None:
         return None
     if not isinstance(value, (str, os.PathLike)) or not str(value):
-        raise ConfigurationError(f"{name}={value!r} is not possible: give the path of a file.")
+        raise ConfigurationError(f"{name}={value!r} is not valid: give the path of a file.")
     try:
         found = is_file(place(value))
     except OSError as error:

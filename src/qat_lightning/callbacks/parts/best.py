@@ -32,9 +32,9 @@ class BestCheckpoints:
         """Warn at the end of the fit if the best checkpoint is one of the float network."""
         for path in sorted({*self._of_float} & {*_best_paths(trainer)}):
             rank_zero_warn(
-                f"The best checkpoint, {path}, is from before start={start}: its weights were not trained for their "
-                "grid, and ckpt_path='best' loads them. With reset_best_on_start=True the best checkpoint is one of "
-                "the quantized network."
+                f"The best checkpoint, {path}, is from before fake-quantization was enabled (start={start}): its "
+                "weights were not trained for quantization, and ckpt_path='best' loads them. Give "
+                "reset_best_on_start=True to choose the best checkpoint from those after it."
             )
 
     def state_dict(self) -> dict[str, list[str]]:

@@ -63,7 +63,7 @@ class CalibrationSettings:
             check_flag(name, getattr(self, name))
         if self.adaround is not None and not isinstance(self.adaround, AdaRound):
             raise ConfigurationError(
-                f"adaround={self.adaround!r} is not possible: give a qat_lightning.AdaRound, or None."
+                f"adaround={self.adaround!r} is not valid: give a qat_lightning.AdaRound, or None."
             )
         if kind == "static":
             return

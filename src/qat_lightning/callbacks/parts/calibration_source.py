@@ -43,7 +43,7 @@ class CalibrationSource:
             )
         if calls is not None and (isinstance(calls, (Tensor, str)) or not hasattr(calls, "__iter__")):
             raise ConfigurationError(
-                f"calls={type(calls).__name__} is not possible: give a list of calls of the network, a tensor, a tuple "
+                f"calls={type(calls).__name__} is not valid: give a list of calls of the network, a tensor, a tuple "
                 "or a dict each; for several networks a dict of such lists by their names."
             )
         self.batches = batches

@@ -102,8 +102,8 @@ def try_test_step(pl_module: pl.LightningModule, slots: list[Slot], batch: Any) 
             take_step(pl_module, "test_step", batch)
         except NetworkError as error:
             rank_zero_warn(
-                f"test_step fails with a batch of the training data: {error} If its batches have another form than "
-                "those of training_step, the test may succeed nevertheless."
+                f"test_step fails with a batch of the training data: {error} Ignore this if batches of test data have "
+                "another form."
             )
         except Exception:  # noqa: BLE001 - among them _Caught; see above
             return

@@ -41,8 +41,8 @@ def find_networks(pl_module: LightningModule, module: str | Sequence[str] | None
     own_layers += [name for name in candidates if len(candidates) > 1 and _in_list(pl_module, name)]
     if not candidates:
         raise NetworkError(
-            f"{type(pl_module).__name__} holds no convolution or linear layer to quantize. If its network is built "
-            "later than in configure_model, build it there; if it is wrapped, name it with module='…'."
+            f"{type(pl_module).__name__} holds no convolution or linear layer to quantize. Build its network "
+            "in configure_model at the latest; if it is wrapped, name it with module='…'."
         )
     if own_layers and has_forward:
         return [OWN_FORWARD]
@@ -86,7 +86,7 @@ def _refuse_overlap(names: Sequence[str]) -> None:
         for other in names[index + 1 :]:
             if OWN_FORWARD in (name, other) or f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}."):
                 raise ConfigurationError(
-                    f"module={list(names)!r} is not possible: {name!r} and {other!r} overlap. Give each part of the "
+                    f"module={list(names)!r} is not valid: {name!r} and {other!r} overlap. Give each part of the "
                     "LightningModule once."
                 )
 

@@ -112,14 +112,15 @@ class Networks:
                 leave_float(sharded[name], prepared_state(copied).left_float, self.examples[name])
 
     def coverage(self, name: str) -> list[LayerCoverage]:
-        """Predict which layers of a network conversion will make int8."""
+        """Predict which layers of a network conversion will make int8; names are relative to the LightningModule."""
         with self.whole(), isolate_rng(include_cuda=torch.cuda.is_initialized()):
             prepared = self.prepared[name]
-            return mode_for(prepared_state(prepared).recipe).coverage(cpu_copy(prepared), self.examples[name])
+            rows = mode_for(prepared_state(prepared).recipe).coverage(cpu_copy(prepared), self.examples[name])
+        return under(self.slots[name].prefix, rows)
 
     def coverage_rows(self) -> list[LayerCoverage]:
-        """Return the coverage rows of all prepared networks, with names relative to the LightningModule."""
-        return [row for name in self.prepared for row in under(self.slots[name].prefix, self.coverage(name))]
+        """Return the coverage rows of all prepared networks."""
+        return [row for name in self.prepared for row in self.coverage(name)]
 
     @property
     def modes(self) -> dict[str, str]:

@@ -89,7 +89,7 @@ class QuantizationSettings:
             check_names("module", self.module, example="['encoder', 'head']")
         scheme = self.scheme if self.scheme is not None else Scheme()
         if not isinstance(scheme, Scheme):
-            raise ConfigurationError(f"scheme={scheme!r} is not possible: give a qat_lightning.Scheme.")
+            raise ConfigurationError(f"scheme={scheme!r} is not valid: give a qat_lightning.Scheme.")
         include = check_names("include", self.include, example="['head.*']")
         exclude = check_names("exclude", self.exclude, example="['head.*']")
         check_flag("rehearse", self.rehearse)

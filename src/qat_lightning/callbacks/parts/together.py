@@ -29,8 +29,8 @@ def refuse_strategy(trainer: Trainer) -> None:
     """
     if not isinstance(trainer, Trainer):
         raise ConfigurationError(
-            f"This Trainer is {type(trainer).__module__.partition('.')[0]}'s, and qat_lightning's callbacks need the "
-            "one of lightning: use `import lightning.pytorch as pl`."
+            f"This Trainer comes from {type(trainer).__module__.partition('.')[0]}, and the callbacks of qat_lightning "
+            "need the one from lightning: use `import lightning.pytorch as pl`."
         )
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         raise ConfigurationError(_launched(trainer))

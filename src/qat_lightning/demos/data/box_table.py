@@ -61,7 +61,7 @@ def read_boxes(path: Path, columns: Mapping[str, str] | None = None, *, skip_emp
     names = _names(columns)
     if not path.is_file():
         raise ConfigurationError(
-            f"{path} is no file. Expected a CSV file with the columns {', '.join(names.values())}."
+            f"{path} is not a file. Expected a CSV file with the columns {', '.join(names.values())}."
         )
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
@@ -70,12 +70,12 @@ def read_boxes(path: Path, columns: Mapping[str, str] | None = None, *, skip_emp
             if name not in header:
                 raise ConfigurationError(
                     f"{path} has no column {name!r}; it has {', '.join(header) or 'none'}. If it is called otherwise: "
-                    f"say data.datamodule.columns.{column}=NAME."
+                    f"set data.datamodule.columns.{column}=NAME."
                 )
         rows = [_row(path, reader.line_num, entry, names) for entry in reader]
     empty = [row for row in rows if row.is_empty]
     if empty and not skip_empty:
-        raise _faulty(path, empty, "a box has no area", "Correct it, or say data.datamodule.skip_empty=true")
+        raise _faulty(path, empty, "a box has no area", "Correct it, or set data.datamodule.skip_empty=true")
     rows = [row for row in rows if not row.is_empty]
     _check_splits(path, rows)
     return rows

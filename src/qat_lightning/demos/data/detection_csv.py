@@ -143,7 +143,7 @@ class DetectionCsvDataModule(ImageDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed, flip=flip, pin_memory=pin_memory)
         if not 0 <= scale_jitter < 1:
-            raise ConfigurationError(f"scale_jitter={scale_jitter!r} is not possible: give a number from 0 to below 1.")
+            raise ConfigurationError(f"scale_jitter={scale_jitter!r} is not valid: give a number from 0 to below 1.")
         self.scale_jitter = scale_jitter
         self.size = _height_and_width(image_size, multiple)
         self.mean, self.std = tuple(mean), tuple(std)
@@ -195,14 +195,14 @@ class DetectionCsvDataModule(ImageDataModule):
             with image.open(path) as file:
                 return int(file.width), int(file.height)
         except image.UnidentifiedImageError as error:
-            raise ConfigurationError(f"{path} is no image: {error}. Expected a JPEG, a PNG or the like.") from error
+            raise ConfigurationError(f"{path} is not an image: {error}. Expected a JPEG, a PNG or the like.") from error
 
 
 def _height_and_width(image_size: int | Sequence[int], multiple: int) -> tuple[int, int]:
     sides = [image_size, image_size] if isinstance(image_size, int) else list(image_size)
     if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 and side % multiple == 0 for side in sides):
         raise ConfigurationError(
-            f"image_size={image_size!r} is not possible: give one number or height and width, multiples of {multiple}, "
+            f"image_size={image_size!r} is not valid: give one number or height and width, multiples of {multiple}, "
             f"like data.image_size={8 * multiple} or data.image_size=[{6 * multiple},{8 * multiple}]."
         )
     return sides[0], sides[1]

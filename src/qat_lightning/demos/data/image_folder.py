@@ -120,7 +120,7 @@ class ImageFolderDataModule(ImageDataModule):
         if len(self.classes) != num_classes:
             raise ConfigurationError(
                 f"{self.path / 'train'} has {len(self.classes)} classes ({', '.join(self.classes)}), "
-                f"not {num_classes}: say data.num_classes={len(self.classes)}."
+                f"not {num_classes}: set data.num_classes={len(self.classes)}."
             )
 
     def load(self) -> Splits:

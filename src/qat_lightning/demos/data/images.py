@@ -105,7 +105,7 @@ class ImageDataModule(LightningDataModule, ABC):
             ("crop_padding", crop_padding, 0),
         ):
             if not isinstance(value, int) or value < least:
-                raise ConfigurationError(f"{name}={value!r} is not possible: give an integer of at least {least}.")
+                raise ConfigurationError(f"{name}={value!r} is not valid: give an integer of at least {least}.")
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed

@@ -109,12 +109,12 @@ class ImagesWithMasks(Dataset[tuple[Tensor, Tensor]]):
             if beyond := [int(label) for label in labels if label >= num_classes and label != ignore_index]:
                 raise ConfigurationError(
                     f"{mask} has the label {beyond[0]}. Expected 0 to {num_classes - 1}, or {ignore_index} where a "
-                    f"pixel counts nowhere: say data.num_classes={beyond[-1] + 1} or data.ignore_index={beyond[0]}."
+                    f"pixel is ignored: set data.num_classes={beyond[-1] + 1} or data.ignore_index={beyond[0]}."
                 )
         if len(sizes) > 1 and self.image_size is None:
             (one, first), (other, second), *_ = sizes.items()
             raise ConfigurationError(
-                f"{first} is {_by(one)} and {second} is {_by(other)}: say data.image_size=[{one[1]},{one[0]}], height "
+                f"{first} is {_by(one)} and {second} is {_by(other)}: set data.image_size=[{one[1]},{one[0]}], height "
                 "and width, to resize all."
             )
 
@@ -144,7 +144,7 @@ def _pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
         if alone := sorted(one.keys() - other.keys()):
             raise ConfigurationError(
                 f"{one[alone[0]]} has no {what} {alone[0]}.* in {folder}, as {len(alone)} of {len(one)}: names of "
-                "images and masks have to be the same but for what follows the dot."
+                "images and masks must match except for the extension."
             )
     return [(path, masks_by_name[name]) for name, path in by_name.items()]
 
@@ -205,7 +205,7 @@ class SegmentationFolderDataModule(MaskedImages):
             pin_memory=pin_memory,
         )
         if not isinstance(num_classes, int) or not 1 < num_classes <= 256:
-            raise ConfigurationError(f"num_classes={num_classes!r} is not possible: give an integer from 2 to 256.")
+            raise ConfigurationError(f"num_classes={num_classes!r} is not valid: give an integer from 2 to 256.")
         for name, value in (("images", images), ("masks", masks)):
             if "{split}" not in value:
                 raise ConfigurationError(f"{name}={value!r} has no {{split}}, which stands for train, val and test.")
@@ -230,5 +230,5 @@ def _height_and_width(given: Sequence[int] | None) -> tuple[int, int] | None:
         return None
     sides = [given] if isinstance(given, int | str) else list(given)
     if len(sides) != 2 or any(not isinstance(side, int) or side < 1 for side in sides):
-        raise ConfigurationError(f"image_size={given!r} is not possible: give height and width, as [180,240], or null.")
+        raise ConfigurationError(f"image_size={given!r} is not valid: give height and width, as [180,240], or null.")
     return sides[0], sides[1]

@@ -61,10 +61,10 @@ class TextFileDataModule(ImageDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed, pin_memory=pin_memory)
         if not isinstance(context, int) or context < 1:
-            raise ConfigurationError(f"context={context!r} is not possible: give an integer of at least 1.")
+            raise ConfigurationError(f"context={context!r} is not valid: give an integer of at least 1.")
         self.path, self.context = Path(path), context
         if not self.path.is_file():
-            raise ConfigurationError(f"path={str(path)!r} is no file. Expected a text, in any encoding.")
+            raise ConfigurationError(f"path={str(path)!r} is not a file. Expected a text, in any encoding.")
 
     def load(self) -> Splits:
         """Return the training, validation and test sets."""
@@ -73,7 +73,7 @@ class TextFileDataModule(ImageDataModule):
         parts = text[: ends[0]], text[ends[0] : ends[1]], text[ends[1] :]
         if min(map(len, parts)) <= self.context:
             raise ConfigurationError(
-                f"{self.path} has {len(text)} bytes, of which 5 % are to validate: too few for a sequence of "
-                f"{self.context}. Give a longer text, or say data.datamodule.context={max(1, len(text) // 20 - 2)}."
+                f"{self.path} has {len(text)} bytes, 5 % of which are used for validation: too few for a sequence of "
+                f"{self.context}. Give a longer text, or set data.datamodule.context={max(1, len(text) // 20 - 2)}."
             )
         return Splits(*(Windows(part, self.context) for part in parts))

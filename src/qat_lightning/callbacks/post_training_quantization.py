@@ -273,7 +273,7 @@ class PostTrainingQuantization(QuantizationCallback):
         with torch.inference_mode(False):
             self._copies.find(trainer, pl_module, stage)
             if not self._copies.are_present():
-                found = f"checkpoint {trainer.ckpt_path}" if trainer.ckpt_path else "the present weights"
+                found = f"checkpoint {trainer.ckpt_path}" if trainer.ckpt_path else "the current weights"
                 self._quantize(trainer, pl_module, found)
                 self._unlogged = trainer.state.fn != "fit"
         self._switch.stand_in(stage, trainer, pl_module)

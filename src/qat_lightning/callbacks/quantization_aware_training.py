@@ -285,7 +285,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     def _was_prepared(self) -> None:
         self._int8.forget()
         self._driver.new_networks = True
-        self._int8.made_from, self.fidelity = "the present weights", {}
+        self._int8.made_from, self.fidelity = "the current weights", {}
 
     def _was_loaded(self, source: str) -> None:
         self._int8.outdate()
@@ -314,7 +314,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         repair_resume(trainer)
         self._driver.begin(trainer, self.phase)
         self._int8.outdate()
-        self._int8.made_from = "the present weights"
+        self._int8.made_from = "the current weights"
         reduce_ranges_while_observed(self._networks.prepared, trainer.world_size)
         with self._networks.whole(everywhere=False):
             if trainer.is_global_zero:

@@ -145,7 +145,7 @@ class QuantizationCallback(Callback):
 
     @property
     def quantized(self) -> Any:
-        """The int8 network of the present weights, a dict by name for several, or None before there is one.
+        """The int8 network of the current weights, a dict by name for several, or None before there is one.
 
         Reading it compares the weights with those that were converted: keep the network for many calls.
         """

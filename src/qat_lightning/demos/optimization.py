@@ -46,7 +46,7 @@ class AdamWModule(LightningModule):
         if steps == float("inf"):
             raise ConfigurationError(
                 "scheduler='cosine' needs to know when training ends: set trainer.max_epochs or trainer.max_steps, or "
-                "say model.module.scheduler=constant."
+                "set model.module.scheduler=constant."
             )
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

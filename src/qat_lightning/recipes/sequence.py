@@ -236,7 +236,7 @@ def units(prepared: nn.Module, batches: Sequence[Any], blocks: Sequence[str] = (
 
 
 def float_copy(prepared: nn.Module) -> nn.Module:
-    """The float network with the present weights, in evaluation and without gradients, on the same device."""
+    """The float network with the current weights, in evaluation and without gradients, on the same device."""
     network = copy.deepcopy(prepared_state(prepared).float_network)
     network.load_state_dict(float_weights(prepared))
     device = next((parameter.device for parameter in prepared.parameters()), torch.device("cpu"))

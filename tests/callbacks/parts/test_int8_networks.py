@@ -87,7 +87,7 @@ def test_they_are_of_the_present_weights_however_these_were_changed(mode: str, c
     second = int8.quantized
     assert not torch.equal(second(IMAGES), first(IMAGES))
     assert torch.allclose(second(IMAGES), lit.net(IMAGES), atol=1e-4)
-    assert (int8.made_from, second.source) == ("the present weights", "the present weights")
+    assert (int8.made_from, second.source) == ("the current weights", "the current weights")
     assert int8.conversion > number
 
 

@@ -158,12 +158,12 @@ class CalibratedCopies:
         self._data.try_it(trainer, pl_module, self.networks.slots)
 
     def are_present(self) -> bool:
-        """Whether the copies have the present weights of the networks."""
+        """Whether the copies have the current weights of the networks."""
         slots = self.networks.slots
         return bool(self.made_of) and all(_has(slot.get(), self.made_of[name]) for name, slot in slots.items())
 
     def make(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Quantize copies of the networks with their present weights."""
+        """Quantize copies of the networks with their current weights."""
         self.made_of, self.networks.prepared = {}, {}
         if self.calibrates and not self._data.has_calls:  # first, because it may not exist
             calibration_loader(trainer, pl_module, self.settings.calibration_dataloader)

@@ -56,7 +56,7 @@ class FloatWeights:
                 read_float_weights(self.checkpoint, name, slot.prefix, slot.get().state_dict())
 
     def to_rehearse(self) -> Mapping[str, Any]:
-        """Return weights closer to the trained ones than the present weights, for a rehearsal; may be empty."""
+        """Return weights closer to the trained ones than the current weights, for a rehearsal; may be empty."""
         return {} if self.checkpoint is None else read_float_state(self.checkpoint)
 
     def read(self) -> None:
@@ -72,7 +72,7 @@ class FloatWeights:
         self.source = f"checkpoint {self.checkpoint}"
 
     def keep(self, step: int) -> None:
-        """Keep the present weights, as those before ``step``, unless a checkpoint was given."""
+        """Keep the current weights, as those before ``step``, unless a checkpoint was given."""
         if self.checkpoint is None:
             with self.networks.whole():
                 self.weights = {

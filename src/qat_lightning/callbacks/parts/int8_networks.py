@@ -49,7 +49,7 @@ class Int8Networks:
     def __init__(self, networks: Networks, source: VariantSource) -> None:
         self.networks = networks
         self.impossible = ""
-        self.made_from = "the present weights"
+        self.made_from = "the current weights"
         self.conversion = 0
         self._source = source
         self._made: dict[str, QuantizedNetwork] = {}
@@ -82,7 +82,7 @@ class Int8Networks:
 
     @property
     def quantized(self) -> Any:
-        """The int8 network of the present weights, a dict by name for several, or None before there is one."""
+        """The int8 network of the current weights, a dict by name for several, or None before there is one."""
         if self._when_asked or self._made:
             self.make()
         # Of several networks, possibly only one has been run.
@@ -134,7 +134,7 @@ class Int8Networks:
         return f"There is no int8 network to save: {by_hand}run {self._source.made_by} with {with_it} first."
 
     def make(self) -> None:
-        """Convert, unless int8 networks of the present weights and ranges exist."""
+        """Convert, unless int8 networks of the current weights and ranges exist."""
         self.notice_changes()
         if not self._stale and self._made:
             return
@@ -209,7 +209,7 @@ class Int8Networks:
         return True
 
     def give_up(self, error: Exception, advice: str) -> None:
-        """Warn that there are no int8 networks of the present weights, because of an error, and what to do."""
+        """Warn that there are no int8 networks of the current weights, because of an error, and what to do."""
         self.impossible = in_brief(error)
         self._made = {}  # those of other weights
         rank_zero_warn(f"There is no int8 network of {self.made_from}: {error} {advice}")
@@ -226,7 +226,7 @@ class Int8Networks:
         """
         if self._made and not self._stale and self.networks.checksums() != self._checksums:
             self.outdate()
-            self.made_from = "the present weights"
+            self.made_from = "the current weights"
         return self._stale
 
     def _report(self, trainer: Trainer) -> None:

@@ -111,7 +111,7 @@ class Placement:
             if stage == "fit":
                 refuse_replaced(network, name)
             elif replaced_layers(network).keys() - prepared_state(network).left_float.keys():
-                loaded("the present weights")
+                loaded("the current weights")
 
     def _prepare_to_shard(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prepare before ``configure_model`` shards: afterwards each process has only a part of each layer."""

@@ -55,7 +55,7 @@ class Preparation:
 
     Args:
         networks: The networks of the callback; decisions are read there.
-        floats: Float weights that are closer to the trained ones than the present weights, if any.
+        floats: Float weights that are closer to the trained ones than the current weights, if any.
 
     Attributes:
         given: The example inputs given by the user; None to record them from a batch.

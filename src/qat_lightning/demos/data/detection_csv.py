@@ -152,7 +152,7 @@ class DetectionCsvDataModule(ImageDataModule):
         self.classes = tuple(sorted({row.label for row in self.rows}))
         if len(self.classes) != num_classes:
             raise ConfigurationError(
-                f"{self.table} has {len(self.classes)} classes ({', '.join(self.classes)}), not {num_classes}: say "
+                f"{self.table} has {len(self.classes)} classes ({', '.join(self.classes)}), not {num_classes}: set "
                 f"data.num_classes={len(self.classes)}."
             )
 

@@ -2,7 +2,7 @@
 
 A quantizer describes grids by specs: integers, their limits, symmetric or affine, per tensor or per channel, shared,
 fixed or derived. All of that is kept, except the observers: ranges of activations are observed, frozen and verified as
-in all modes, ranges of weights are those of the present weights, and there is one formula for scale and zero point. So
+in all modes, ranges of weights are those of the current weights, and there is one formula for scale and zero point. So
 it does not matter whether a quantizer was made for QAT.
 """
 

@@ -63,7 +63,7 @@ def skeleton(network: nn.Module, plan: Mapping[str, Any], recipe: Recipe, shares
         shares: The shares of clipped ranges that training chose.
 
     Returns:
-        The copy, its layers rounded from the present weights.
+        The copy, its layers rounded from the current weights.
 
     Raises:
         CheckpointMismatchError: The network does not have these layers.

@@ -93,7 +93,7 @@ class DirectMode:
         return network
 
     def convert(self, prepared: nn.Module, example: Example) -> Converted:
-        """Create the integer network from the present weights, and compare it with the trained one."""
+        """Create the integer network from the current weights, and compare it with the trained one."""
         state, example = prepared_state(prepared), in_float32(example)
         rounded = rounded_layers(prepared)
         shares = {name: layer.shares() for name, layer in rounded.items()}

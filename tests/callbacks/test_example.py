@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from qat_lightning.errors import NetworkError
-from qat_lightning.graph.example import ENOUGH, MAX_BATCH, Example, examples_from_user, from_user
+from qat_lightning.graph.example import ENOUGH, MAX_BATCH, Example, examples_from_user, few_of, few_samples, from_user
 
 X = torch.arange(12.0).reshape(4, 3)
 
@@ -32,17 +33,17 @@ def test_from_the_user(given: Any, args: int, kwargs: list[str]) -> None:
 
 def test_an_example_is_a_detached_copy_in_float32_of_2_to_32_samples() -> None:
     leaf = torch.ones(1, 3, dtype=torch.float64, requires_grad=True)
-    (tidy,) = from_user(leaf).args
+    (tidy,) = few_of(from_user(leaf)).args
     assert (tidy.shape, tidy.dtype, tidy.requires_grad) == ((2, 3), torch.float32, False)
-    (labels,) = from_user(torch.zeros(50, dtype=torch.int64)).args
+    (labels,) = few_of(from_user(torch.zeros(50, dtype=torch.int64))).args
     assert (labels.shape, labels.dtype) == ((MAX_BATCH,), torch.int64)
 
 
 @pytest.mark.parametrize(("side", "kept"), [(32, MAX_BATCH), (160, 13), (224, ENOUGH), (640, ENOUGH)])
 def test_fewer_samples_are_kept_of_large_images(side: int, kept: int) -> None:
-    images, labels = from_user((torch.zeros(40, 3, side, side), torch.zeros(40))).args
+    images, labels = few_of(from_user((torch.zeros(40, 3, side, side), torch.zeros(40)))).args
     assert len(images) == len(labels) == kept
-    small, _ = from_user((torch.zeros(4, 3, side, side), torch.zeros(4))).args
+    small, _ = few_of(from_user((torch.zeros(4, 3, side, side), torch.zeros(4)))).args
     assert len(small) == 4
 
 
@@ -56,10 +57,12 @@ def test_for_several_networks() -> None:
 
 def test_inputs_that_are_no_batch_stay_whole() -> None:
     prototypes, batch, labels = torch.zeros(100, 8), torch.zeros(64, 8), torch.zeros(64)
-    kept = from_user((batch, labels, prototypes)).args
+    kept = few_of(from_user((batch, labels, prototypes))).args
     assert [len(one) for one in kept] == [MAX_BATCH, MAX_BATCH, 100]
-    assert [len(one) for one in from_user((prototypes, batch, labels)).args] == [100, 64, 64], "nor here"
-    assert [len(one) for one in from_user((prototypes, batch)).args] == [100, 64], "which one is the batch is unknown"
+    assert [len(one) for one in few_of(from_user((prototypes, batch, labels))).args] == [100, 64, 64], "nor here"
+    assert [len(one) for one in few_of(from_user((prototypes, batch))).args] == [100, 64], (
+        "which one is the batch is unknown"
+    )
 
 
 def test_one_of_several_inputs_may_be_empty() -> None:
@@ -72,8 +75,30 @@ def test_one_of_several_inputs_may_be_empty() -> None:
 def test_matrices_beside_a_batch_stay_whole() -> None:
     """More tensors begin with their number of rows than with the number of samples."""
     x, supports = torch.zeros(64, 2), [torch.zeros(50, 50), torch.zeros(50, 50)]
-    tidy = from_user((x, supports)).args
+    tidy = few_of(from_user((x, supports))).args
     assert [tuple(part.shape) for part in tidy[1]] == [(50, 50), (50, 50)]
     assert tidy[0].shape == x.shape, "which size is the batch is not known"
-    of_batch = from_user((x, torch.zeros(64), supports[0])).args
+    of_batch = few_of(from_user((x, torch.zeros(64), supports[0]))).args
     assert [part.shape[0] for part in of_batch] == [MAX_BATCH, MAX_BATCH, 50]
+
+
+class Lookup(nn.Module):
+    """Reads some of its first input's rows, by the indices that are its second."""
+
+    def forward(self, rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        return (rows * weights)[index]
+
+
+def test_a_call_stays_whole_if_the_network_does_not_run_on_a_part_of_it() -> None:
+    index = torch.arange(100)[None]
+    call = from_user((torch.ones(100), index, torch.ones(100)))
+    assert [part.shape for part in few_of(call).args] == [(MAX_BATCH,), (1, 100), (MAX_BATCH,)]
+    assert few_samples(Lookup(), call) is call
+    call = from_user((torch.ones(100), index[:, :20], torch.ones(100)))
+    assert [part.shape for part in few_samples(Lookup(), call).args] == [(MAX_BATCH,), (1, 20), (MAX_BATCH,)]
+
+
+def test_a_single_sample_stays_single_if_the_network_takes_one_at_a_time() -> None:
+    call = from_user(torch.ones(1, 3))
+    assert len(few_samples(nn.Identity(), call).args[0]) == 2
+    assert len(few_samples(nn.Unflatten(0, (1, 1)), call).args[0]) == 1

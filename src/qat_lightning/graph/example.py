@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -34,7 +36,7 @@ class Example:
     """One real call of the network, used to trace, prepare and verify it.
 
     Attributes:
-        args: Positional inputs, tensors on the CPU with a batch dimension of 2 or more.
+        args: Positional inputs, tensors on the CPU; with a batch dimension of 2 or more where the network permits it.
         kwargs: Keyword inputs.
     """
 
@@ -119,7 +121,7 @@ def in_float32(example: Example) -> Example:
 
 
 def from_user(example_inputs: Any) -> Example:
-    """Create an example from ``example_inputs=``, in the forms of `example_of`.
+    """Create an example from ``example_inputs=``, in the forms of `example_of`; see `whole_call`.
 
     Raises:
         NetworkError: It has none of these forms, or contains no tensor, or one without values.
@@ -141,7 +143,7 @@ def from_user(example_inputs: Any) -> Example:
                 f"example_inputs holds {describe(tensor)}, on which a network cannot be prepared: give dense tensors "
                 "with values, of two samples or more."
             )
-    return _tidy(example)
+    return whole_call(example)
 
 
 def examples_from_user(example_inputs: Any, names: list[str]) -> dict[str, Example]:
@@ -161,6 +163,82 @@ def examples_from_user(example_inputs: Any, names: list[str]) -> dict[str, Examp
     return {name: from_user(example_inputs[name]) for name in names}
 
 
+def whole_call(example: Example) -> Example:
+    """The call with detached copies on the CPU, floating-point tensors in float32."""
+    look_into(example.args, example.kwargs)
+
+    def tidy(leaf: Any) -> Any:
+        return leaf.detach().cpu().clone() if isinstance(leaf, Tensor) else leaf
+
+    return in_float32(Example(tree_map(tidy, example.args), tree_map(tidy, example.kwargs)))
+
+
+def few_samples(network: nn.Module, call: Example) -> Example:
+    """`few_of` a call, or the whole call if the network does not run on a part of it.
+
+    Args:
+        network: The float network; a copy of it is called.
+        call: One call, see `whole_call`.
+
+    Example:
+        >>> few_samples(nn.Linear(3, 3), Example((torch.ones(100, 3),))).args[0].shape
+        torch.Size([32, 3])
+        >>> few_samples(nn.Unflatten(0, (50, 2)), Example((torch.ones(100, 3),))).args[0].shape
+        torch.Size([100, 3])
+    """
+    return part_that_runs(network, few_of(call), call)
+
+
+def few_of(call: Example) -> Example:
+    """The call with `samples_kept`, spread over the batch, and at least 2 (a batch of 1 is doubled).
+
+    Which dimension is the batch is guessed from the shapes.
+    """
+    tensors = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
+    counts = Counter(tensor.shape[0] for tensor in tensors)
+    batch = _batch(tensors, counts)
+    kept = samples_kept(max((tensor[:1].numel() for tensor in tensors if tensor.shape[0] == batch), default=1))
+    if batch == 1 and len(counts) == 1:
+        rows = [0, 0]
+    elif batch > max(1, kept):
+        rows = [index * batch // kept for index in range(kept)]
+    else:
+        return call
+
+    def few(leaf: Any) -> Any:
+        return leaf[rows] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == batch else leaf
+
+    return Example(tree_map(few, call.args), tree_map(few, call.kwargs))
+
+
+def part_that_runs(network: nn.Module, part: Example, call: Example) -> Example:
+    """A part of a call if the network runs on it, otherwise the call.
+
+    Inputs may be indices into others, as the edges of a graph are into its nodes, so that not every part is a call.
+
+    Args:
+        network: A copy of it is called, on the CPU.
+        part: The call with fewer or other samples; the call itself is not tried.
+        call: The whole call.
+    """
+    return part if part is call or _failure(copy.deepcopy(network).cpu().float(), part) is None else call
+
+
+@torch.no_grad()
+def _failure(network: nn.Module, example: Example) -> Exception | None:
+    """The exception with which a call ends, if it does; random states are restored."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            network(*copy.deepcopy(example.args), **copy.deepcopy(example.kwargs))
+    except Exception as error:  # noqa: BLE001 - a network may raise anything
+        return error
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+    return None
+
+
 def check_example(network: nn.Module, example: Example, *, name: str, given: bool) -> None:
     """Call a copy of the float network with its example, before anything is changed.
 
@@ -173,10 +251,8 @@ def check_example(network: nn.Module, example: Example, *, name: str, given: boo
     Raises:
         NetworkError: The call fails; the message has the reason and the shapes.
     """
-    try:
-        with torch.no_grad():
-            copy.deepcopy(network)(*copy.deepcopy(example.args), **copy.deepcopy(example.kwargs))
-    except Exception as error:  # a network may raise anything
+    error = _failure(copy.deepcopy(network), example)
+    if error is not None:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         source = "example_inputs" if given else "a batch of the data"
         raise NetworkError(
@@ -235,28 +311,6 @@ def describe(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return "(" + ", ".join(map(describe, value)) + ")"
     return type(value).__name__
-
-
-def _tidy(example: Example) -> Example:
-    """Detached copies on the CPU: `samples_kept`, spread over the batch, and at least 2 (a batch of 1 is doubled)."""
-    look_into(example.args, example.kwargs)
-    tensors = [leaf for leaf in tree_leaves((example.args, example.kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
-    counts = Counter(tensor.shape[0] for tensor in tensors)
-    batch = _batch(tensors, counts)
-    kept = samples_kept(max((tensor[:1].numel() for tensor in tensors if tensor.shape[0] == batch), default=1))
-    spread = [index * batch // kept for index in range(kept)] if batch > kept else list(range(batch))
-
-    def tidy(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        leaf = leaf.detach().cpu().clone()
-        if leaf.is_floating_point():
-            leaf = leaf.float()
-        if leaf.dim() and leaf.shape[0] == batch and (len(counts) == 1 or batch != 1):
-            leaf = torch.cat([leaf, leaf]) if batch == 1 else leaf[spread]
-        return leaf
-
-    return Example(tree_map(tidy, example.args), tree_map(tidy, example.kwargs))
 
 
 def _batch(tensors: list[Tensor], sizes: Counter[int]) -> int:

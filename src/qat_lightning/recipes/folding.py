@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qat_lightning.errors import ConfigurationError, NetworkError
-from qat_lightning.graph.example import Example, from_user
+from qat_lightning.graph.example import Example, few_samples, from_user
 from qat_lightning.layers.batchnorm import folded_parameters
 from qat_lightning.modes.eager.chains import Chain, find_chains
 from qat_lightning.modes.eager.following import batchnorm_behind
@@ -174,7 +174,9 @@ def fuse(network: nn.Module, example_inputs: Any) -> tuple[nn.Module, int]:
             f"{type(network).__name__} is prepared for quantization, and its BatchNorm is folded at conversion: give "
             "the float network."
         )
-    example = example_inputs if isinstance(example_inputs, Example) else from_user(example_inputs)
+    example = example_inputs
+    if not isinstance(example, Example):
+        example = few_samples(network, from_user(example))
     fused = copy.deepcopy(network).eval()
     observation = observe(fused, example)
     chains, _ = find_chains(fused, observation, Recipe("eager", "x86"), "", int8=False)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qat_lightning.errors import ConfigurationError
-from qat_lightning.graph.example import Example, from_user
+from qat_lightning.graph.example import Example, few_samples, from_user
 from qat_lightning.graph.scopes import join
 from qat_lightning.measure.layer_figures import decibel
 from qat_lightning.modes.layer_schemes import check_overrides_of
@@ -289,7 +289,7 @@ def sensitivity(
     if not examples:
         raise ConfigurationError("batches is empty: give at least one call of the network.")
     _check_call(network, examples[0])
-    first = from_user(examples[0].args) if not examples[0].kwargs else examples[0]
+    first = few_samples(network, from_user(examples[0]))
     scheme, notes = _without_learning(scheme or Scheme())
 
     def recipe_of(mode: str) -> Recipe:

@@ -16,11 +16,7 @@ from qat_lightning.callbacks.parts.peeking import one_batch
 from qat_lightning.callbacks.parts.precision import precision_of_new_tensors
 from qat_lightning.callbacks.parts.untouched import nothing_moves
 from qat_lightning.errors import NetworkError
-from qat_lightning.graph.example import (
-    Example,
-    _tidy,
-    from_user,
-)
+from qat_lightning.graph.example import Example, few_of, from_user, whole_call
 
 _STEP_OF_STAGE = {
     "fit": ("training_step", "train_dataloader"),
@@ -145,17 +141,24 @@ def _forward_watched(slot: Slot, caught: dict[str, Example], wanted: int, *, run
         slot: The slot of the network.
         caught: Gets the call.
         wanted: The number of networks.
-        runs_last: Whether the network that is called last runs before the interruption, on the recorded samples.
+        runs_last: Whether the network that is called last runs before the interruption, on a few samples, or on all of
+            them if it does not run on a part of the call.
     """
     owner: Any = slot.pl_module if slot.name == OWN_FORWARD else slot.get()
     plain = owner.forward
 
     def watch(*args: Any, **kwargs: Any) -> Any:
-        call = caught.setdefault(slot.name, _tidy(Example(args, kwargs)))
+        call = caught.setdefault(slot.name, whole_call(Example(args, kwargs)))
         if len(caught) < wanted:
             return plain(*args, **kwargs)
         if runs_last:
-            plain(*call.args, **call.kwargs)
+            few = few_of(call)
+            try:
+                plain(*few.args, **few.kwargs)
+            except Exception:
+                if few is call:
+                    raise
+                plain(*call.args, **call.kwargs)
         raise _Caught
 
     with forward_replaced(owner, watch):

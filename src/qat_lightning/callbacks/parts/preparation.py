@@ -31,7 +31,7 @@ from qat_lightning.callbacks.parts.together import refuse_compiled
 from qat_lightning.callbacks.parts.untouched import nothing_moves
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.export.plain_tensors import in_its_runtime
-from qat_lightning.graph.example import Example, check_example, examples_from_user, refuse_old_norms
+from qat_lightning.graph.example import Example, check_example, examples_from_user, few_samples, refuse_old_norms
 from qat_lightning.graph.hooks import share_hooks
 from qat_lightning.graph.lazy import is_lazy, materialize
 from qat_lightning.graph.scopes import join
@@ -87,8 +87,12 @@ class Preparation:
         self, trainer: Trainer, pl_module: LightningModule, slots: Mapping[str, Slot], stage: str
     ) -> dict[str, Example]:
         if self.given is not None:
-            return examples_from_user(self.given, list(slots))
-        found, self.batch = catch_examples(trainer, pl_module, list(slots.values()), stage)
+            found = examples_from_user(self.given, list(slots))
+        else:
+            found, self.batch = catch_examples(trainer, pl_module, list(slots.values()), stage)
+        found = {name: few_samples(slots[name].get(), call) for name, call in found.items()}
+        if self.given is not None:
+            return found
         if self.networks.settings.smoothquant is not None and several_processes(trainer):
             # Recipes change weights according to observed activations, which must be equal in all processes.
             return in_first(lambda: found)

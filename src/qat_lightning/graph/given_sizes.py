@@ -82,8 +82,8 @@ class GivenSizes:
         wanted = [str(given) for given in self.inputs if given.path in {other.partition(": ")[0] for other in others}]
         return (
             f"{self.network} was traced for {', '.join(wanted)}, since its forward computes with these sizes, and is "
-            f"called with {', '.join(others)}. Use inputs of those sizes, or give example_inputs= of the sizes that "
-            "are used."
+            f"called with {', '.join(others)}. Use inputs of those sizes, give example_inputs= of the sizes that "
+            "are used, or use mode='eager', which needs no graph."
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GivenSizes:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from qat_lightning.checks import LayerCheck
+from qat_lightning.graph.example import Example, part_that_runs
 from qat_lightning.graph.scopes import scope_of
 from qat_lightning.graph.signature import BATCH, CallSpec
 from qat_lightning.modes.decomposed.compile_apart import can_compile_apart, compile_apart
@@ -278,7 +279,8 @@ def difference(
     every quantized tensor as an output, and each layer is compared on the compiled network's own inputs to it.
     """
     batched = [given.shape[:1] == (BATCH,) for given in spec.inputs if given.shape is not None]
-    few = [_several_rows(t) if b else t for t, b in zip(tensors, batched, strict=True)]
+    rows = tuple(_several_rows(t) if b else t for t, b in zip(tensors, batched, strict=True))
+    few = list(part_that_runs(decomposed, Example(rows), Example(tuple(tensors))).args)
     pairs = zip(decomposed(*few), compiled(*few), strict=True)
     outputs = [(one, other) for one, other in pairs if isinstance(one, Tensor) and one.is_floating_point()]
     if all(sqnr_db(one, other) >= target.tolerance_db for one, other in outputs):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat_lightning.errors import in_brief
+from qat_lightning.graph.example import Example, part_that_runs
 from qat_lightning.graph.inference_call import InferenceCall
 from qat_lightning.graph.portable_graph import PortableModule
 from qat_lightning.graph.signature import BATCH, CallSpec
@@ -197,7 +198,8 @@ class Int8Network(nn.Module):
         """Use oneDNN's kernels one by one, or the decomposed graph if there are none; returns whether there are."""
         batched = [given.shape[:1] == (BATCH,) for given in self.spec.inputs if given.shape is not None]
         few = [tensor[:_ROWS] if first else tensor for tensor, first in zip(tensors, batched, strict=True)]
-        kernels = on_plain_kernels(self.decomposed, few, get_backend(self.backend, "pt2e"))
+        few = part_that_runs(self.decomposed, Example(tuple(few)), Example(tuple(tensors))).args
+        kernels = on_plain_kernels(self.decomposed, list(few), get_backend(self.backend, "pt2e"))
         has_any = any(isinstance(module, PlainLayer) for module in kernels.modules())
         self.runs = "onednn" if has_any else "decomposed"
         self.__dict__["_compiled"] = kernels if has_any else None

@@ -52,8 +52,9 @@ class Plan:
 
     Attributes:
         samples: Those of `MORE` and `ONE` to follow.
-        grows: Which dimensions differ in `LARGER`: ``"image"`` for all after the second, ``"length"`` for all that
-            equal the second dimension of the first input; empty for no such call.
+        grows: Which dimensions differ in `LARGER`: ``"image"`` for all after the second, ``"length"`` for all but the
+            first that equal the second dimension of the first input, ``"indices"`` for all that equal the last
+            dimension of the first input of integers that is not the batch; empty for no such call.
         numbers: Whether to follow `NUMBERS`.
     """
 
@@ -97,11 +98,14 @@ def is_number(leaf: Any) -> bool:
 
 def _ways(example: Example, after: str = "") -> Iterator[str]:
     """Ways in which the size of inputs can vary, beginning after ``after``."""
-    ways = ("image", "length")
-    tensors = [leaf for leaf in pytree.tree_leaves((example.args, example.kwargs)) if isinstance(leaf, Tensor)]
-    for way in ways[ways.index(after) + 1 if after else 0 :]:
-        if any(_larger(leaf, example, way) != list(leaf.shape) for leaf in tensors):
+    ways = ("image", "length", "indices")
+    tensors = _tensors(example)
+    tried = [[list(leaf.shape) for leaf in tensors]]
+    for way in ways:
+        shapes = [_larger(leaf, example, way) for leaf in tensors]
+        if shapes not in tried and (not after or ways.index(way) > ways.index(after)):
             yield way
+        tried.append(shapes)
 
 
 class Calls:
@@ -214,9 +218,18 @@ def _samples(leaf: Tensor, example: Example, number: Callable[[int], int]) -> li
 def _larger(leaf: Tensor, example: Example, grows: str) -> list[int]:
     if grows == "image":
         return [size if dim < 2 else 2 * size for dim, size in enumerate(leaf.shape)]
-    tensors = [other for other in pytree.tree_leaves((example.args, example.kwargs)) if isinstance(other, Tensor)]
-    length = next((other.shape[1] for other in tensors if other.ndim > 1), None)
-    return [2 * size if dim and size == length else size for dim, size in enumerate(leaf.shape)]
+    tensors = _tensors(example)
+    if grows == "length":
+        length = next((other.shape[1] for other in tensors if other.ndim > 1), None)
+        return [2 * size if dim and size == length else size for dim, size in enumerate(leaf.shape)]
+    batch = batch_size(example)
+    counts = [other.shape[-1] for other in tensors if other.ndim and not other.is_floating_point()]
+    count = next((count for count in counts if count != batch), None)
+    return [2 * size if size == count else size for size in leaf.shape]
+
+
+def _tensors(example: Example) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves((example.args, example.kwargs)) if isinstance(leaf, Tensor)]
 
 
 def _with_values(leaf: Any) -> Any:

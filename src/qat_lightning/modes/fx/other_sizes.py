@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from qat_lightning.errors import NetworkError, TraceError, first_line
-from qat_lightning.graph.example import Example
+from qat_lightning.graph.example import Example, part_that_runs, whole_call
 from qat_lightning.graph.scopes import unused_path
 from qat_lightning.graph.signature import batch_size, has_batch
-from qat_lightning.graph.structures import look_into
 from qat_lightning.layers.mode_layers import ByMode
 from qat_lightning.layers.relu_rounding import with_relus_in_roundings
 from qat_lightning.modes.fx.shapes import CONSTANT
@@ -70,7 +69,7 @@ class ConvertsAgain:
         """
         with aside():
             other = _prepare_again(self.prepared, args, kwargs)
-            example = example_like(self.prepared, args, kwargs)
+            example = example_like(self.prepared, prepared_state(self.prepared).float_network, args, kwargs)
             if (parting := _parting(self.prepared, other)) is not None:
                 raise _other_way(network, args, kwargs, parting)
             other.load_state_dict(self.prepared.state_dict())
@@ -93,7 +92,9 @@ def _prepare_again(network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[st
     state = prepared_state(network)
     original = copy.deepcopy(state.float_network).cpu().float()
     try:
-        other = state.mode.prepare(original, example_like(network, args, kwargs), state.recipe, prefix=state.prefix)
+        other = state.mode.prepare(
+            original, example_like(network, original, args, kwargs), state.recipe, prefix=state.prefix
+        )
     except Exception as error:  # a network may raise anything for other sizes
         assert network.sizes is not None
         raise NetworkError(
@@ -103,26 +104,25 @@ def _prepare_again(network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[st
     return other
 
 
-def example_like(network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
-    """A call as an example: on the CPU, with a few samples, but at least two if their number is not fixed."""
-    look_into(args, kwargs)
-    size = batch_size(Example(args, kwargs))
-    for few in (_few, lambda leaf, size: leaf):
-        example = Example(*pytree.tree_map(functools.partial(_tidy, size=size, few=few), (args, kwargs)))
-        assert network.sizes is not None
-        if network.sizes.key(example.args, example.kwargs) == network.sizes.key(args, kwargs):
-            break
-    return example
+def example_like(network: GraphNetwork, original: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
+    """A call as an example: on the CPU, with a few samples, but at least two if their number is not fixed.
+
+    Args:
+        network: The network that is called.
+        original: Its float network.
+        args: Positional inputs.
+        kwargs: Keyword inputs.
+    """
+    call = whole_call(Example(args, kwargs))
+    size = batch_size(call)
+    few = Example(*pytree.tree_map(functools.partial(_few, size=size), (call.args, call.kwargs)))
+    assert network.sizes is not None
+    if network.sizes.key(few.args, few.kwargs) != network.sizes.key(args, kwargs):
+        return call
+    return part_that_runs(original, few, call)
 
 
-def _tidy(leaf: Any, size: int | None, few: Callable[[Tensor, int | None], Tensor]) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    leaf = few(leaf.detach().cpu().clone(), size)
-    return leaf.float() if leaf.is_floating_point() else leaf
-
-
-def _few(leaf: Tensor, size: int | None) -> Tensor:
+def _few(leaf: Any, size: int | None) -> Any:
     if not has_batch(leaf, size):
         return leaf
     return torch.cat([leaf, leaf]) if size == 1 else leaf[:_SAMPLES]
@@ -196,8 +196,7 @@ def _other_way(network: GraphNetwork, args: tuple[Any, ...], kwargs: dict[str, A
     assert network.sizes is not None
     return TraceError(
         f"{network.sizes.refusal(network.sizes.others(args, kwargs))} Layers and ranges can only be shared between "
-        f"sizes that take the same path through forward, and these diverge near {node!r}. Or use mode='eager', "
-        "which needs no graph."
+        f"sizes that take the same path through forward, and these diverge near {node!r}."
     )
 
 

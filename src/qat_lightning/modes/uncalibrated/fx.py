@@ -111,7 +111,7 @@ class QuantizesAgain:
         assert network.sizes is not None
         try:
             with aside():
-                example = example_like(network, args, kwargs)
+                example = example_like(network, self.network, args, kwargs)
                 made = quantize_fx(self.network, example, self.recipe, prefix=self.prefix, shares=self.shares).network
         except Exception as error:  # a network may raise anything for other sizes
             raise NetworkError(

@@ -13,17 +13,21 @@ from torch.utils._pytree import tree_map
 
 from qat_lightning.graph.buffers import buffers_copied
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.generators import generators_kept
 from qat_lightning.layers.relu_rounding import writes_in_place
 from qat_lightning.modes.judging import MARGIN_DB, decibels
 from qat_lightning.modes.whole import ENOUGH_DB, Disturbance
 
 
 class RunsApart(fx.Interpreter):
-    """Runs a graph on copies of its module's buffers: each run begins with the same ones, and changes none."""
+    """Runs a graph on copies of its module's buffers: each run begins with the same ones, and changes none.
+
+    The same holds for random generators that are attributes: each run draws the same numbers from them.
+    """
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph."""
-        with buffers_copied(self.module):
+        with generators_kept(self.module, seed=0), buffers_copied(self.module):
             return super().run(*args, **kwargs)
 
 

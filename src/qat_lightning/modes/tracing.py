@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from qat_lightning.errors import TraceError, in_brief
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.generators import generators_kept
 from qat_lightning.graph.given_sizes import GivenSizes
 from qat_lightning.graph.graph_inputs import drop_checks, fixed_parameters, give_parameters
 from qat_lightning.graph.signature import one_sample
@@ -304,7 +305,11 @@ def refuse_other_results(prepared: nn.Module, network: nn.Module, example: Examp
     ours, theirs = copy.deepcopy(prepared), copy.deepcopy(network)
     for _, fq in fake_quantizers(ours):
         fq.enable_fake_quant(False)
-    wanted, got = (run_apart(module, copy.deepcopy(example)) for module in (theirs, ours))
+    results = []
+    for module in (theirs, ours):
+        with generators_kept(module, seed=0):
+            results.append(run_apart(module, copy.deepcopy(example)))
+    wanted, got = results
     if not same_results(wanted, got):
         raise TraceError(f"{reason} {WHAT_TO_DO}")
 

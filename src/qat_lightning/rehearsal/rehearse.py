@@ -20,6 +20,7 @@ from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ArtifactError, ConversionError, NetworkError, QuantizationError, in_brief
 from qat_lightning.graph.buffers import buffers_copied
 from qat_lightning.graph.example import Example, in_float32
+from qat_lightning.graph.generators import generators_kept
 from qat_lightning.graph.lazy import refuse_lazy
 from qat_lightning.graph.scopes import join
 from qat_lightning.graph.training_flags import plain_train
@@ -210,7 +211,7 @@ def _runtime(recipe: Recipe) -> str:
 
 
 def _tensors(network: nn.Module, example: Example) -> list[torch.Tensor]:
-    with same_random_numbers(), buffers_copied(network):
+    with same_random_numbers(), generators_kept(network, seed=0), buffers_copied(network):
         result = network(*copy.deepcopy(example.args), **copy.deepcopy(example.kwargs))
     return [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 

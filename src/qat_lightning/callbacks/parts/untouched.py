@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from qat_lightning.callbacks.parts.idle_optimizers import without_steps
 from qat_lightning.graph.buffers import write_back
+from qat_lightning.graph.generators import generators_kept
 from qat_lightning.graph.lazy import is_lazy
 from qat_lightning.numerics.fake_quantize import FakeQuantize
 
@@ -30,14 +31,15 @@ def nothing_moves(pl_module: LightningModule) -> Iterator[None]:
 
     Restored are the attributes of all modules (among them training flags, buffers and the states of metrics), what the
     attributes' lists, dicts, sets, deques, tensors and arrays contain, and which parameters require gradients, since
-    an interrupted step may have toggled an optimizer. Objects of other types and random states are not restored.
+    an interrupted step may have toggled an optimizer; and random generators that are attributes. Objects of other types
+    and the global random states are not restored.
     """
     before = _State(pl_module)
     for name in _WITHOUT_EFFECT:
         pl_module.__dict__[name] = lambda *args, **kwargs: None
     pl_module.__dict__.update(without_steps(pl_module))
     try:
-        with torch.no_grad():
+        with generators_kept(pl_module), torch.no_grad():
             yield
     finally:
         before.restore()

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from qat_lightning.checks import LayerCheck, WholeCheck
 from qat_lightning.graph.buffers import buffers_copied
 from qat_lightning.graph.example import Example
+from qat_lightning.graph.generators import generators_kept
 from qat_lightning.modes.eager.int8 import Int8Layer, Int8Tensor
 from qat_lightning.modes.eager.layers import ChainHead, Tap
 from qat_lightning.modes.judging import (
@@ -78,7 +79,7 @@ def check_layers(
 def run(network: nn.Module, example: Example, disturb: Callable[[Any], Any] = lambda value: value) -> Any:
     """Run in float32 on copies of the inputs and buffers, which a forward may change in place."""
     args, kwargs = tree_map(lambda value: disturb(_float_copy(value)), (example.args, example.kwargs))
-    with same_random_numbers(), buffers_copied(network):
+    with same_random_numbers(), generators_kept(network, seed=0), buffers_copied(network):
         return network(*args, **kwargs)
 
 

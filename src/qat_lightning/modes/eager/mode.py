@@ -16,8 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from qat_lightning.checks import LayerCheck, WholeCheck
 from qat_lightning.errors import CheckpointMismatchError, ConversionError, NetworkError, VerificationError
@@ -38,9 +37,10 @@ from qat_lightning.modes.eager.forwards import take_forwards_as_a_whole, with_ca
 from qat_lightning.modes.eager.heads import HEADS
 from qat_lightning.modes.eager.layers import LINKS, ChainHead, become, without_fast_paths
 from qat_lightning.modes.eager.make import make_int8
-from qat_lightning.modes.eager.observation import CHAIN_TYPES, HEAD_TYPES, Observation, observe, run_apart
+from qat_lightning.modes.eager.observation import CHAIN_TYPES, HEAD_TYPES, Observation, observe
 from qat_lightning.modes.eager.outputs import plain_outputs
 from qat_lightning.modes.eager.run_in_training import as_in_training
+from qat_lightning.modes.eager.same_values import refuse_other_values
 from qat_lightning.modes.eager.tables import fill_tables, find_tables, make_integer, round_tables, rounded_tables
 from qat_lightning.modes.layer_schemes import give_layers_their_grids
 from qat_lightning.modes.left_float import follow_checkpoints, leave_weights_float, with_reasons
@@ -59,7 +59,6 @@ from qat_lightning.modes.prepared import (
     prepared_state,
     refuse_simulated,
     remember_attributes,
-    set_phase,
 )
 from qat_lightning.modes.protocol import EXCLUDED, Converted, LayerCoverage
 from qat_lightning.modes.qconfig import make_qconfig
@@ -143,7 +142,7 @@ class EagerMode:
         take_forwards_as_a_whole(network, observation)
         follow_checkpoints(network)
         remember_layers(network)
-        _check_same(network, example, observation.result)
+        refuse_other_values(network, example, observation.result)
         return network
 
     def convert(self, prepared: nn.Module, example: Example) -> Converted:
@@ -324,20 +323,6 @@ def _make_head(modules: dict[str, nn.Module], chain: Chain, recipe: Recipe) -> N
         child.to(head.weight.device).train(head.training)
 
 
-def _check_same(network: nn.Module, example: Example, expected: Any) -> None:
-    """Check that a prepared network without rounding computes the same as the float network."""
-    set_phase(network, fake_quant=False, observers=True, batchnorm_frozen=False)
-    actual = _tensors(run_apart(network, example))
-    set_phase(network, fake_quant=True, observers=True, batchnorm_frozen=False)
-    for one, other in zip(_tensors(expected), actual, strict=True):
-        if one.shape != other.shape or not torch.allclose(one, other, rtol=1e-3, atol=1e-4, equal_nan=True):
-            raise NetworkError(
-                f"{type(network).__name__}.forward computes different values once its layers are prepared for "
-                "quantization: it depends on the types or the number of its children (as self[-1] in an nn.Sequential "
-                "does: name the parts with module= instead), or it is not deterministic."
-            )
-
-
 def _plan_of_seen(
     plan: Mapping[str, Any], heads: Mapping[str, ChainHead], left_float: Mapping[str, str]
 ) -> dict[str, Any]:
@@ -357,10 +342,6 @@ def _in_words(whole: WholeCheck | None) -> list[str]:
     if whole is None:
         return []
     return [f"On the example, the int8 network as a whole is {whole.sqnr_db:.1f} dB from fake-quant."]
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _notes(plan: Mapping[str, Any], checks: list[LayerCheck]) -> list[str]:

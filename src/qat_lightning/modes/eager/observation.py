@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.graph.buffers import write_back
 from qat_lightning.graph.example import Example, running_its_example
+from qat_lightning.graph.generators import generators_kept
 from qat_lightning.graph.structures import look_into
 from qat_lightning.graph.training_flags import evaluating, training
 from qat_lightning.layers.operators import module_types
@@ -196,7 +197,7 @@ def observe(
 
 @torch.no_grad()
 def run_apart(network: nn.Module, example: Example, inside: Inside = None, *, trains: bool = False) -> Any:
-    """Run ``network`` in eval or training mode without grad; module, buffers, example and RNG stay unchanged.
+    """Run ``network`` in eval or training mode without grad; module, buffers, example and RNGs stay unchanged.
 
     A parameter whose data ``forward`` assigns, as ``self.weight.data = ...`` does, gets its own back.
     """
@@ -206,7 +207,7 @@ def run_apart(network: nn.Module, example: Example, inside: Inside = None, *, tr
     args, kwargs = tree_map(
         lambda v: v.detach().to(device).clone() if isinstance(v, Tensor) else v, (example.args, example.kwargs)
     )
-    with _left_alone(network, device, trains), inside or nullcontext():
+    with _left_alone(network, device, trains), generators_kept(network), inside or nullcontext():
         result = network(*args, **kwargs)
     look_into(result)
     return result

@@ -10,7 +10,6 @@ import copy
 import functools
 import operator
 import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +20,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace as torchs_tracing
 from torch.fx.proxy import Proxy
+from torch.fx.proxy import TraceError as FxTraceError
 
 from qat_lightning.graph.buffers import write_back
+from qat_lightning.graph.generators import generators_kept, generators_of, random_state, states_of
 from qat_lightning.layers.operators import WEIGHTED
 from qat_lightning.modes.fx.layer_settings import LayerSettings, TracedValue
 from qat_lightning.modes.own_gradients import STOPPED, OwnGradient
@@ -139,6 +140,7 @@ class NetworkTracer(StructuredTracer):
         super().__init__(leaves, [])
         self._buffers = buffers
         self._opaque = set[Any]()
+        self._generators: list[Any] = []
         self._replaced: dict[int, tuple[Tensor, Tensor]] = {}
         self.layer_settings: LayerSettings | None = None
 
@@ -163,7 +165,15 @@ class NetworkTracer(StructuredTracer):
 
     def create_arg(self, a: Any) -> Any:
         """The representation of ``a`` in the graph."""
+        if isinstance(a, torch.Generator):
+            raise FxTraceError(
+                "a graph cannot hold a torch.Generator: leave generator= out, so that PyTorch's default one is used, "
+                "or draw in a module without layers"
+            )
         return super().create_arg(self.as_constant(a))
+
+    def _random_state(self) -> tuple[Any, ...]:
+        return random_state(), states_of(self._generators)
 
     def as_constant(self, a: Any) -> Any:
         """A tensor that a forward assigned to a buffer during the trace, turned into one that is not a buffer.
@@ -200,13 +210,13 @@ class NetworkTracer(StructuredTracer):
         return super().create_proxy(kind, target, args, kwargs, name, type_expr, proxy_factory_fn)
 
     def _traced_through(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any]:
-        last, before = next(iter(reversed(self.graph.nodes))), _random_state()
+        last, before = next(iter(reversed(self.graph.nodes))), self._random_state()
         try:
             result = function(*args, **kwargs)
         except Exception:  # noqa: BLE001 - a module that cannot be traced is called as a whole
             result = None
         else:
-            if _random_state() == before:
+            if self._random_state() == before:
                 return True, result
         self._opaque.add(function)
         for node in reversed(self.graph.nodes):
@@ -229,11 +239,12 @@ class NetworkTracer(StructuredTracer):
             CallAsWhole: A module has to be called as a whole.
             DecidesByChance: Random numbers were drawn.
         """
+        self._generators = generators_of(root)
         self._names = {id(tensor): name for name, tensor in [*root.named_buffers(), *root.named_parameters()]}
-        before = _random_state()
+        before = self._random_state()
         with _wrapped_without_marks():
             graph = super().trace(root, concrete_args)
-        if _random_state() != before:
+        if self._random_state() != before:
             raise DecidesByChance("")
         return graph
 
@@ -257,7 +268,7 @@ class NetworkTracer(StructuredTracer):
             if self.layer_settings is not None:
                 self.layer_settings.note(path, m)
             return super().call_module(m, forward, args, kwargs)
-        before = _random_state()
+        before = self._random_state()
         try:
             result = super().call_module(m, forward, args, kwargs)
         except (CallAsWhole, Checkpointed, DecidesByChance):
@@ -266,7 +277,7 @@ class NetworkTracer(StructuredTracer):
             if holds_no_layer(m):
                 raise CallAsWhole(path) from error
             raise
-        if _random_state() != before:
+        if self._random_state() != before:
             raise CallAsWhole(path) if holds_no_layer(m) else DecidesByChance(path)
         return result
 
@@ -298,16 +309,6 @@ def _wrapped_without_marks() -> Iterator[None]:
         torchs_tracing._create_wrapped_func = before
 
 
-def _random_state() -> tuple[Any, ...]:
-    numpy = sys.modules.get("numpy")
-    drawn = () if numpy is None else numpy.random.get_state()
-    return (
-        random.getstate(),
-        bytes(torch.random.get_rng_state().numpy()),
-        tuple(part.tobytes() if hasattr(part, "tobytes") else part for part in drawn),
-    )
-
-
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
 
@@ -328,7 +329,7 @@ def counting(network: nn.Module) -> Iterator[set[str]]:
     ]
     kept = {name: buffer.detach().clone() for name, buffer in network.named_buffers()}
     counted: set[str] = set()
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), generators_kept(network), torch.no_grad():
         python = random.getstate()
         try:
             yield counted

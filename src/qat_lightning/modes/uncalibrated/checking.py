@@ -16,6 +16,7 @@ from qat_lightning.checks import LayerCheck, WholeCheck
 from qat_lightning.errors import ConversionError, NetworkError
 from qat_lightning.graph.buffers import buffers_copied
 from qat_lightning.graph.example import Example, running_its_example
+from qat_lightning.graph.generators import generators_kept
 from qat_lightning.layers.integer import IntegerLayer
 from qat_lightning.modes.judging import Names, decibels, raise_if_faulty
 from qat_lightning.modes.protocol import LayerCoverage
@@ -92,7 +93,7 @@ def run_integer(network: nn.Module, example: Example) -> tuple[Any, list[Call]]:
 def run(network: nn.Module, example: Example) -> Any:
     """Run on copies of the inputs and buffers, which a forward may change in place; the random state is unchanged."""
     args, kwargs = inputs_of(example)
-    with same_random_numbers(), buffers_copied(network):
+    with same_random_numbers(), generators_kept(network, seed=0), buffers_copied(network):
         return network(*args, **kwargs)
 
 

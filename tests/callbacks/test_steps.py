@@ -128,3 +128,22 @@ def test_the_epoch_that_weight_averaging_adds_is_not_planned() -> None:
         Lit(), loader(), loader()
     )
     assert watch.first(ROUNDING) == 6
+
+
+@pytest.mark.parametrize("averaging_first", [True, False])
+@pytest.mark.parametrize("point", [1.0, 3, {"step": 12}])
+def test_the_epoch_that_weight_averaging_adds_reaches_no_point(point: Any, averaging_first: bool) -> None:
+    """Its statistics are then estimated without rounding, as those of a float run are."""
+    found = []
+    for quantizing in ([], [qat("eager", start=point, freeze_batchnorm=point, freeze_observers=point)]):
+        torch.manual_seed(0)
+        module, watch = Lit(), Watch()
+        callbacks = [*quantizing, StochasticWeightAveraging(0.01, swa_epoch_start=2)]
+        watching = [watch] if quantizing else []
+        fitting = trainer(*(callbacks[::-1] if averaging_first else callbacks), *watching, max_epochs=3)
+        fitting.fit(module, loader(), loader())
+        found.append({key: value for key, value in module.state_dict().items() if "running" in key})
+    assert {row[0] for row in watch.seen} == {0, 1, 2, 3}, "the added epoch is the last"
+    assert watch.first(ROUNDING) is watch.first(FROZEN) is None
+    fake_quant, plain = found[::-1]
+    assert all(torch.equal(fake_quant[key], value) for key, value in plain.items())

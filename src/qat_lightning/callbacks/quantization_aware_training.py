@@ -357,6 +357,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             synchronize_processes(self._networks.prepared, ranges=self.phase.observers)
 
     def _step_phase(self, trainer: Trainer) -> None:
+        if estimates_batchnorm(trainer):
+            return  # training is over, and a point that it did not reach stays so
         step, phase = self._driver.phase(trainer, self._networks.prepared)
         phase = phase.latched(self.phase)
         comes_on = phase.fake_quant and not self.phase.fake_quant

@@ -160,11 +160,16 @@ def _max_epochs(trainer: Trainer) -> int | None:
     epochs = trainer.max_epochs
     if epochs is None or epochs < 0:
         return None
+    return epochs - len(_adding_an_epoch(trainer))
+
+
+def _adding_an_epoch(trainer: Trainer) -> list[StochasticWeightAveraging]:
     callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
-    averaging = [c for c in callbacks if isinstance(c, StochasticWeightAveraging)]
-    return epochs - sum(bool(callback._model_contains_batch_norm) for callback in averaging)
+    return [c for c in callbacks if isinstance(c, StochasticWeightAveraging) and c._model_contains_batch_norm]
 
 
 def estimates_batchnorm(trainer: Trainer) -> bool:
-    """Whether the running epoch is the one that stochastic weight averaging adds."""
-    return bool(trainer.fit_loop._skip_backward)
+    """Whether the running epoch is the one that stochastic weight averaging adds, in which nothing is trained."""
+    # `fit_loop._skip_backward` says the same, but only after that callback's own hook at the start of the epoch.
+    epochs = _max_epochs(trainer)
+    return epochs is not None and trainer.current_epoch >= epochs and bool(_adding_an_epoch(trainer))

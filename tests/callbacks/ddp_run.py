@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
@@ -110,12 +110,13 @@ def run_monitored(mode: str) -> dict[str, Any]:
 
 
 def run_asked_in_one(mode: str) -> dict[str, Any]:
-    """The int8 network is requested in one process only; then all processes test it."""
+    """The int8 network is requested in one process only, within the fit and after it; then all processes test it."""
     torch.manual_seed(0)
     module, callback = Lit(), qat(mode)
-    trainer(callback, strategy="ddp", devices=2, max_epochs=1).fit(module, loader(128))
+    saving = LambdaCallback(on_train_end=lambda *_: callback.quantized if first() else None)
+    trainer(saving, callback, strategy="ddp", devices=2, max_epochs=1).fit(module, loader(128))
     copied = pickle.loads(pickle.dumps(callback))
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"asked in the fit": callback.quantized(IMAGES).sum().item()}
     for asked in (0, 1):
         copied = pickle.loads(pickle.dumps(copied))
         if torch.distributed.get_rank() == asked:

@@ -399,8 +399,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         """Create the int8 network from the trained weights."""
         if not self._networks.prepared or not has_trained(trainer):
             return
-        self._int8.made_from = f"the fit that ended at step {trainer.global_step}"
-        self._int8.outdate()
+        self._int8.end_fit(f"the fit that ended at step {trainer.global_step}")
         if not self.convert_on_fit_end:
             return
         if not self._networks.know_a_range():

@@ -145,9 +145,11 @@ class QuantizationCallback(Callback):
 
     @property
     def quantized(self) -> Any:
-        """The int8 network of the current weights, a dict by name for several, or None before there is one.
+        """The int8 network of the current weights, a dict by name for several, or None while there can be none.
 
-        Reading it compares the weights with those that were converted: keep the network for many calls.
+        Reading it compares the weights with those that were converted, and converts them if they are others: keep the
+        network for many calls. Within a fit it is there as soon as ``variants`` has ``"int8"``; with sharded parameters
+        only when the fit has ended, or `convert` was called in every process.
         """
         return self._int8.quantized
 
@@ -193,7 +195,7 @@ class QuantizationCallback(Callback):
         """Write the int8 network to a file that `qat_lightning.load_quantized` reads.
 
         Raises:
-            ConversionError: There is no int8 network yet, or there are several (save each of ``quantized``).
+            ConversionError: There can be no int8 network yet, or there are several (save each of ``quantized``).
         """
         self._int8.save(path)
 

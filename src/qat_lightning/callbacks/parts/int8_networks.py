@@ -82,11 +82,16 @@ class Int8Networks:
 
     @property
     def quantized(self) -> Any:
-        """The int8 network of the current weights, a dict by name for several, or None before there is one."""
-        if self._when_asked or self._made:
+        """The int8 network of the current weights, a dict by name for several, or None while there can be none."""
+        if self._when_asked or self._made or self._can_be_made_here:
             self.make()
         # Of several networks, possibly only one has been run.
         return dict(self._made) if len(self.networks.prepared) > 1 and self._made else one_or_all(self._made)
+
+    @property
+    def _can_be_made_here(self) -> bool:
+        """Whether this process by itself can convert; whole weights of sharded networks need all processes."""
+        return self._source.has("int8") and not self.impossible and not self.networks.sharded
 
     def convert(self, exclude: Sequence[str] = ()) -> Any:
         """See `QuantizationCallback.convert`."""
@@ -127,11 +132,14 @@ class Int8Networks:
     def _why_not_one(self) -> str:
         if self._made:
             return "There are several int8 networks: save each, qat.quantized['name'].save(path)."
-        if self.impossible:
-            return f"There is no int8 network of {self.made_from} to save: {self.impossible}"
+        if why := self.networks.simulated or self.impossible:
+            return f"There is no int8 network of {self.made_from} to save: {why}"
         with_it = "this callback" if self.networks.settings.convert_on_fit_end else "convert_on_fit_end=True"
-        by_hand = "call convert(), or " if self.networks.slots else ""
-        return f"There is no int8 network to save: {by_hand}run {self._source.made_by} with {with_it} first."
+        everywhere = " in every process" if self.networks.sharded else ""
+        by_hand = f"call convert(){everywhere}, or " if self._source.ranges_seen() else ""
+        waits = self.networks.slots and not by_hand and self.networks.settings.convert_on_fit_end
+        in_fit = f" {self._source.made_in_fit}" if waits else ""
+        return f"There is no int8 network to save: {by_hand}run {self._source.made_by} with {with_it} first.{in_fit}"
 
     def make(self) -> None:
         """Convert, unless int8 networks of the current weights and ranges exist."""
@@ -217,6 +225,15 @@ class Int8Networks:
     def outdate(self) -> None:
         """Mark the int8 networks as stale, because weights or ranges have changed."""
         self._stale, self.impossible = True, ""
+
+    def end_fit(self, made_from: str) -> None:
+        """Name the weights that a fit ended with. An int8 network that a hook already had made of them is kept."""
+        if self.networks.sharded:  # whose checksums tell nothing
+            self.outdate()
+        stale = self.notice_changes()
+        self.made_from = made_from
+        for quantized in () if stale else self._made.values():
+            quantized.source = made_from
 
     def notice_changes(self) -> bool:
         """Mark them as stale if weights or ranges are others than those that were converted; return whether they are.

@@ -155,6 +155,11 @@ class Networks:
         """Return why there can be no int8 network; empty if there can."""
         return next((why for p in self.prepared.values() if (why := prepared_state(p).recipe.simulated)), "")
 
+    @property
+    def sharded(self) -> bool:
+        """Whether processes share the parameters of a network; within `whole` they have copies of their own."""
+        return any(map(is_sharded, self.prepared.values()))
+
     def checksums(self) -> dict[str, int]:
         """Return a checksum of each network's weights and ranges; within `whole` not those of the copies."""
         return {name: checksum(prepared) for name, prepared in (self.prepared | self._in_place_of).items()}

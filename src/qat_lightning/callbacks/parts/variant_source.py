@@ -27,10 +27,12 @@ class VariantSource(Protocol):
     Attributes:
         in_place: The variant that is in the LightningModule itself.
         made_by: The calls that make an int8 network, for messages.
+        made_in_fit: From when on a running fit has one, in a sentence.
     """
 
     in_place: str
     made_by: str
+    made_in_fit: str
 
     def has(self, variant: str) -> bool:
         """Whether a variant exists or could be created; a failed conversion is not considered."""
@@ -76,6 +78,7 @@ class TrainedVariants:
 
     in_place = "fake_quant"
     made_by = "trainer.fit"
+    made_in_fit = "A running fit has one after its first training step."
 
     def __init__(self, networks: Networks, floats: FloatWeights) -> None:
         self.networks = networks
@@ -156,6 +159,10 @@ class CalibratedVariants:
 
     in_place = "float"
     made_by = "trainer.test, trainer.predict or trainer.fit"
+    made_in_fit = (
+        "A running fit has one when training has ended: from on_train_end on, in the LightningModule and in callbacks "
+        "listed after this one."
+    )
 
     def __init__(self, networks: Networks, copies: CalibratedCopies) -> None:
         self.networks = networks

@@ -36,12 +36,17 @@ class Plan:
     def of(cls, config: DictConfig) -> Plan:
         """The plan of a sweep's composed configuration, with its part ``hydra``."""
         sweeper = config.hydra.sweeper
-        if not str(sweeper._target_).endswith(f".{BasicSweeper.__name__}"):
+        if not is_grid(sweeper):
             return cls(sweeper.get("n_trials"))
         words = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
         parsed = OverridesParser.create().parse_overrides([*words, *written(config.hydra.overrides.task)])
         (trials,) = BasicSweeper.split_arguments(parsed, None)
         return cls(len(trials), tuple(tuple(identity(trial)) for trial in trials))
+
+
+def is_grid(sweeper: DictConfig) -> bool:
+    """Whether all trials are known beforehand, which Hydra's own sweeper runs; others choose them by the objective."""
+    return str(sweeper._target_).endswith(f".{BasicSweeper.__name__}")
 
 
 def check_trials(config: DictConfig, plan: Plan, loader: ConfigLoader) -> None:

@@ -32,9 +32,9 @@ class TrialResult:
         overrides: Hydra's overrides of the trial.
         metrics: Result of `evaluate_variants`; empty if the trial ended before that.
         fit_metrics: Metrics logged at the end of the fit, for example ``val/acc``.
-        objective: The values for the sweeper, if ``objective=`` was given.
+        objective: The values for the sweeper, if ``objective=`` was given and the run has these metrics.
         seconds: Duration of the trial.
-        error: ``type`` and ``message`` of the error, or why the trial was skipped or pruned.
+        error: ``type`` and ``message`` of the error, or why the trial was skipped or pruned, or has no objective.
         wandb: ``id`` and ``dir`` of the W&B run, if there is one.
 
     Raises:

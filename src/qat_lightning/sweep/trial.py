@@ -20,10 +20,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, open_dict
 
 from qat_lightning.callbacks.median_pruning import why_pruned
-from qat_lightning.errors import CombinationError, ConfigurationError
+from qat_lightning.errors import CombinationError
 from qat_lightning.json_files import read_json, write_json
 from qat_lightning.run import app
 from qat_lightning.run.mistakes import explained
+from qat_lightning.sweep.folder import is_grid
+from qat_lightning.sweep.objective import check_objective, objective_of
 from qat_lightning.sweep.process import run_apart
 from qat_lightning.sweep.result import FILE, IDENTITY, TrialResult, identity, written
 from qat_lightning.sweep.stopping import as_failure, interrupted, terminable
@@ -56,7 +58,7 @@ def run_trial(train: Train, cfg: DictConfig) -> Objective:
 
     Returns:
         The metrics that ``objective=`` names, for a sweeper: a number, or a tuple of several. None without
-        ``objective=``, and for a trial without metrics.
+        ``objective=``, for a trial without metrics, and for one that lacks a metric of the objective.
     """
     app.quiet()
     trial = Trial.current(cfg)
@@ -118,6 +120,8 @@ class Trial:
         (self.folder / FILE).unlink(missing_ok=True)
         try:
             app.check(cfg)
+            if not is_grid(HydraConfig.get().sweeper):
+                check_objective(cfg)
         except CombinationError as error:
             TrialResult("skipped", self.overrides, error=explained(error)).write(self.folder)
         except Exception as error:
@@ -153,7 +157,7 @@ class Trial:
                 metrics, run = train(self.begun(cfg))
                 fit_metrics, wandb_run = run.fit_metrics, _wandb_run(run)
                 pruned = why_pruned(run.callbacks)
-                objective = _objective(cfg.objective, fit_metrics | metrics)
+                objective, lacking = objective_of(cfg, fit_metrics | metrics)
         except BaseException as error:
             ended = as_failure(error)
             seconds = time.monotonic() - began
@@ -164,7 +168,12 @@ class Trial:
             if ended is error:
                 raise
             raise ended from error
-        why = {"type": "Pruned", "message": pruned} if pruned else None
+        why = None
+        if lacking:
+            logging.getLogger(__name__).warning("%s", lacking)
+            why = {"type": "NoObjective", "message": lacking}
+        if pruned:
+            why = {"type": "Pruned", "message": f"{pruned} {lacking}".strip()}
         TrialResult(
             "pruned" if pruned else "completed",
             self.overrides,
@@ -249,19 +258,6 @@ def _put_aside(folder: Path) -> None:
     for path in left:
         if not path.name.startswith("earlier-"):
             path.rename(aside / path.name)
-
-
-def _objective(names: Any, metrics: dict[str, float]) -> list[float] | None:
-    """Return the values of the metrics that ``objective=`` names."""
-    if names is None:
-        return None
-    wanted = [names] if isinstance(names, str) else list(names)
-    if lacking := [name for name in wanted if name not in metrics]:
-        raise ConfigurationError(
-            f"objective={lacking[0]} is not a metric of this run: use "
-            f"{', '.join(sorted(metrics)) or 'none, it has none'}."
-        )
-    return [float(metrics[name]) for name in wanted]
 
 
 def _for_sweeper(values: list[float] | None) -> Objective:

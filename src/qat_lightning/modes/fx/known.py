@@ -6,8 +6,9 @@ import operator
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, fx
-from torch.fx.proxy import Attribute
+from torch.fx.proxy import Attribute, Proxy, TraceError
 
 from qat_lightning.modes.fx.layer_settings import TracedValue
 
@@ -49,6 +50,49 @@ class KnownTensor(Known):
 
     def __iter__(self) -> Iterator[Any]:
         return iter([operator.getitem(self, position) for position in range(len(self))])
+
+
+class TensorProxy(TracedValue):
+    """A parameter or buffer in a trace, whose shape is known."""
+
+    def __init__(self, node: fx.Node, tracer: Any, tensor: Tensor) -> None:
+        super().__init__(node, tracer)
+        self._tensor = tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Like that of the tensor."""
+        return self._tensor.shape
+
+    @property
+    def ndim(self) -> int:
+        """Like that of the tensor."""
+        return self._tensor.ndim
+
+    @property
+    def requires_grad(self) -> bool:
+        """Like that of the tensor."""
+        return self._tensor.requires_grad
+
+    def size(self, dim: int | None = None) -> Any:
+        """Like that of the tensor."""
+        return self._tensor.size() if dim is None else self._tensor.size(dim)
+
+    def dim(self) -> int:
+        """Like that of the tensor."""
+        return self._tensor.ndim
+
+    def numel(self) -> int:
+        """Like that of the tensor."""
+        return self._tensor.numel()
+
+    nelement = numel
+
+    def __len__(self) -> int:
+        return len(self._tensor)
+
+    def __iter__(self) -> Iterator[Proxy]:
+        return iter([operator.getitem(self, position) for position in range(len(self._tensor))])
 
 
 class KnownNumber(Known):
@@ -119,13 +163,24 @@ def plain(value: Any) -> Any:
     return value.value if isinstance(value, KnownKind) else value
 
 
+def stands_for(value: Any) -> Any:
+    """The example's value for a value of a trace; anything else unchanged.
+
+    Raises:
+        torch.fx.proxy.TraceError: The trace does not know it, because it has no example or could not follow it there.
+    """
+    if isinstance(value, Known):
+        return value.values[0]
+    if isinstance(value, TensorProxy):
+        return value._tensor
+    if isinstance(value, Proxy):
+        raise TraceError("this decision depends on the type of a value that is only known when the network runs")
+    return _SIZE if isinstance(value, Sizes) else value
+
+
 def is_instance(value: Any, kinds: Any) -> bool:
     """``isinstance``, which checks a value of a trace by what it stands for."""
-    if isinstance(value, kinds):
-        return True
-    if isinstance(value, Known):
-        return isinstance(value.values[0], kinds)
-    return isinstance(value, Sizes) and isinstance(_SIZE, kinds)
+    return isinstance(value, kinds) or isinstance(stands_for(value), kinds)
 
 
 _SIZE = Tensor().shape

@@ -275,7 +275,8 @@ def _why_other(network: nn.Module, mixed: list[str]) -> str:
     return (
         f"mode='fx' traces {type(network).__name__}.forward into a graph that returns something different from the "
         "network on the example. Tracing does not capture functions that change an argument in place, for example "
-        "with += (write y = y + … and return it), or decisions that depend on values."
+        "with += (write y = y + … and return it), or decisions that depend on values or on "
+        "x.__class__ (write isinstance)."
     )
 
 

@@ -1,7 +1,8 @@
 """Patched Python and PyTorch functions that accept the values of a trace.
 
-``isinstance(x, Tensor)`` and ``len(x)`` are plain functions, and ``torch.zeros(n)`` does not accept a number that is
-only a node. They are replaced while a trace is made; the first two only in the modules of the network's own code.
+``isinstance(x, Tensor)``, ``type(x)`` and ``len(x)`` are plain functions, and ``torch.zeros(n)`` does not accept a
+number that is only a node. They are replaced while a trace is made; the first three only in the modules of the
+network's own code.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.proxy import Proxy
 from torch.overrides import is_tensor_method_or_property
 
-from qat_lightning.modes.fx.known import KnownKind, KnownTensor, Sizes, is_instance, plain
+from qat_lightning.modes.fx.known import KnownKind, KnownTensor, Sizes, is_instance, plain, stands_for
 
 _FACTORIES = (
     *("arange", "as_tensor", "empty", "eye", "full", "full_like", "linspace", "ones"),
@@ -43,13 +45,53 @@ def answering(tracer: Any, network: nn.Module) -> Iterator[None]:
             stack.enter_context(_replaced(torch, name, _recording(tracer, getattr(torch, name), "call_function")))
         for name in ("finfo", "iinfo"):
             stack.enter_context(_replaced(torch, name, _of_plain(getattr(torch, name))))
-        stack.enter_context(_replaced(torch, "is_tensor", lambda value: is_instance(value, Tensor)))
         for name in _METHODS:
             stack.enter_context(_replaced(Tensor, name, _recording(tracer, getattr(Tensor, name), "call_method")))
         for scope in _scopes(network):
-            stack.enter_context(_named(scope, "isinstance", is_instance))
             stack.enter_context(_named(scope, "len", _length))
         yield
+
+
+@contextmanager
+def answering_kinds(network: nn.Module) -> Iterator[None]:
+    """Within the block, questions about the type of a value are answered by what the value stands for.
+
+    A trace without an example ends at such a question, since any answer would be a guess at the path that is taken.
+    """
+    asked = torch.jit.isinstance
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(torch, "is_tensor", lambda value: is_instance(value, Tensor)))
+        stack.enter_context(
+            _replaced(torch.jit, "isinstance", lambda value, kind: asked(pytree.tree_map(stands_for, value), kind))
+        )
+        for scope in _scopes(network):
+            stack.enter_context(_named(scope, "isinstance", is_instance))
+            stack.enter_context(_named(scope, "type", _Type))
+        yield
+
+
+class _LikeType(type):
+    """The class of `_Type`, which makes it behave like ``type`` itself when called, compared and checked against."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        made: Any = type(*map(stands_for, args), **kwargs)
+        return Tensor if made is FakeTensor else made
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, type)
+
+    def __subclasscheck__(cls, subclass: Any) -> bool:
+        return issubclass(subclass, type)
+
+    def __eq__(cls, other: object) -> bool:
+        return other is type or other is cls
+
+    def __hash__(cls) -> int:
+        return hash(type)
+
+
+class _Type(metaclass=_LikeType):
+    """``type``, which answers for a value of a trace by what it stands for."""
 
 
 def _length(value: Any) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import operator
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +24,9 @@ from torch.fx.proxy import TraceError as FxTraceError
 from qat_lightning.graph.buffers import write_back
 from qat_lightning.graph.generators import generators_kept, generators_of, random_state, states_of
 from qat_lightning.layers.operators import WEIGHTED
+from qat_lightning.modes.fx.known import TensorProxy
 from qat_lightning.modes.fx.layer_settings import LayerSettings, TracedValue
+from qat_lightning.modes.fx.patches import answering_kinds
 from qat_lightning.modes.own_gradients import STOPPED, OwnGradient
 from qat_lightning.modes.plain_attributes import is_own
 from qat_lightning.modes.structured_tracer import StructuredTracer
@@ -80,49 +81,6 @@ def is_foreign(target: Any) -> bool:
     """Whether a function is Python code of another package, which is in a graph only after ``torch.fx.wrap``."""
     ours = ("torch", "qat_lightning", "operator", "builtins", "math", "_operator")
     return isinstance(target, FunctionType) and target.__module__.partition(".")[0] not in ours
-
-
-class TensorProxy(TracedValue):
-    """A parameter or buffer in a trace, whose shape is known."""
-
-    def __init__(self, node: fx.Node, tracer: Any, tensor: Tensor) -> None:
-        super().__init__(node, tracer)
-        self._tensor = tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        """Like that of the tensor."""
-        return self._tensor.shape
-
-    @property
-    def ndim(self) -> int:
-        """Like that of the tensor."""
-        return self._tensor.ndim
-
-    @property
-    def requires_grad(self) -> bool:
-        """Like that of the tensor."""
-        return self._tensor.requires_grad
-
-    def size(self, dim: int | None = None) -> Any:
-        """Like that of the tensor."""
-        return self._tensor.size() if dim is None else self._tensor.size(dim)
-
-    def dim(self) -> int:
-        """Like that of the tensor."""
-        return self._tensor.ndim
-
-    def numel(self) -> int:
-        """Like that of the tensor."""
-        return self._tensor.numel()
-
-    nelement = numel
-
-    def __len__(self) -> int:
-        return len(self._tensor)
-
-    def __iter__(self) -> Iterator[Proxy]:
-        return iter([operator.getitem(self, position) for position in range(len(self._tensor))])
 
 
 class NetworkTracer(StructuredTracer):
@@ -242,7 +200,7 @@ class NetworkTracer(StructuredTracer):
         self._generators = generators_of(root)
         self._names = {id(tensor): name for name, tensor in [*root.named_buffers(), *root.named_parameters()]}
         before = self._random_state()
-        with _wrapped_without_marks():
+        with _wrapped_without_marks(), answering_kinds(root):
             graph = super().trace(root, concrete_args)
         if self._random_state() != before:
             raise DecidesByChance("")

@@ -37,7 +37,6 @@ from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.modes.prepared import fake_quantizers
 from tests.callbacks.lit import CLASSES, MODES, Lit, Net, assert_same_state, dataset, loader, qat, state, trainer
 from tests.callbacks.test_insert import BuiltInConfigureModel, OwnForward
-from tests.support.nightly import nightly_except
 
 IMAGES = dataset()[:32][0]
 
@@ -131,23 +130,6 @@ def compiled(module: Any) -> Any:
     return torch.compile(module, backend="eager")
 
 
-class Compiled:
-    """A Lit with a compiled network, or a compiled part."""
-
-    def __init__(self, part: str) -> None:
-        self.part = part
-
-    def __call__(self) -> Lit:
-        module, net = Lit(), Net()
-        module._evaluate = torch.compiler.disable(module._evaluate)  # type: ignore[method-assign]
-        if self.part == "net":
-            module.net = compiled(net)
-        else:
-            net.features = compiled(net.features)
-            module.net = net
-        return module
-
-
 @dataclass
 class Row:
     """One feature.
@@ -204,18 +186,10 @@ ROWS = [
     Row("precision 64-true", trainer={"precision": "64-true"}),
     Row("precision 64-true, configure_model", BuiltInConfigureModel, trainer={"precision": "64-true"}),
     Row("reload_dataloaders_every_n_epochs", Reloading, trainer={"reload_dataloaders_every_n_epochs": 1}),
-    Row(
-        "torch.compile of the network",
-        Compiled("net"),
-        refused=dict.fromkeys(GRAPH_MODES, r"'net' was given to torch.compile.* model = torch.compile\(model\)"),
-    ),
 ]
 
 
-@pytest.mark.parametrize(
-    "row",
-    [pytest.param(row, id=row.name, marks=pytest.mark.nightly if "torch.compile" in row.name else ()) for row in ROWS],
-)
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS])
 @pytest.mark.parametrize("mode", MODES)
 def test_row(mode: str, row: Row) -> None:
     """It learns its task, int8 has the tested weights, and ranges are float32 and finite."""
@@ -398,14 +372,6 @@ def test_compiled_training_is_training(mode: str) -> None:
         if isinstance(value, Tensor):
             torch.testing.assert_close(ended[1][0].state_dict()[key], value, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(ended[1][1], ended[0][1], rtol=0.0, atol=0.05)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", nightly_except(GRAPH_MODES, "pt2e"))
-def test_a_compiled_part_is_refused(mode: str) -> None:
-    module = Compiled("features")()
-    with pytest.raises(NetworkError, match=r"'net.features' was given to torch.compile"):
-        trainer(qat(mode)).fit(module, loader())
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -23,6 +23,7 @@ from qat_lightning.callbacks.parts.network import Slot
 from qat_lightning.callbacks.parts.networks import Networks
 from qat_lightning.callbacks.parts.preparation import Preparation
 from qat_lightning.callbacks.parts.recipes_in_fit import say_ranges
+from qat_lightning.callbacks.parts.together import leave_uncompiled
 from qat_lightning.errors import ConfigurationError
 from qat_lightning.graph.example import Example
 from qat_lightning.graph.scopes import dotted
@@ -129,9 +130,13 @@ class CalibratedCopies:
 
     def find(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the networks and an example call of each, unless they are known."""
-        if self.networks.slots:
+        known = self.networks.slots
+        slots = known or {
+            name: Slot(pl_module, name) for name in find_networks(pl_module, self.networks.settings.module)
+        }
+        leave_uncompiled(pl_module, slots, trains=False, compiles=False)
+        if known:
             return
-        slots = {name: Slot(pl_module, name) for name in find_networks(pl_module, self.networks.settings.module)}
         trained = [name for name, slot in slots.items() if is_prepared(slot.get())]
         if trained:
             raise ConfigurationError(

@@ -11,6 +11,7 @@ from torchmetrics import Metric, MetricCollection
 
 from qat_lightning.callbacks.parts.network import OWN_FORWARD
 from qat_lightning.errors import ConfigurationError, NetworkError
+from qat_lightning.graph.compiled import name_inside
 from qat_lightning.layers.operators import module_types
 from qat_lightning.modes.graph_network import GraphPart
 
@@ -19,6 +20,8 @@ _QUANTIZABLE = module_types("convolution", "transposed", "linear")
 
 def find_networks(pl_module: LightningModule, module: str | Sequence[str] | None) -> list[str]:
     """Return dotted names of the networks to quantize; `OWN_FORWARD` for the LightningModule's own ``forward``.
+
+    Of a network that was given to ``torch.compile``, the name is that of the module inside.
 
     Args:
         pl_module: The LightningModule.
@@ -32,6 +35,7 @@ def find_networks(pl_module: LightningModule, module: str | Sequence[str] | None
         names = [module] if isinstance(module, str) else list(module)
         for name in names:
             _check_named(pl_module, name)
+        names = [name if name == OWN_FORWARD else name_inside(pl_module, name) for name in names]
         _refuse_overlap(names)
         return names
     candidates = _callable_parts(pl_module)
@@ -47,7 +51,7 @@ def find_networks(pl_module: LightningModule, module: str | Sequence[str] | None
     if own_layers and has_forward:
         return [OWN_FORWARD]
     if len(candidates) == 1:
-        return list(candidates)
+        return [name_inside(pl_module, name) for name in candidates]
     candidates = dict(sorted(candidates.items(), key=lambda item: not _trains(item[1])))
     listed = ", ".join(f"{name!r} ({type(child).__name__})" for name, child in candidates.items())
     own = f", or module={OWN_FORWARD!r} for {type(pl_module).__name__}'s own forward" if has_forward else ""

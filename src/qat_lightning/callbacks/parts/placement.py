@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,13 @@ from qat_lightning.callbacks.parts.sharding import (
     refuse_other_weights,
     shards,
 )
-from qat_lightning.callbacks.parts.together import averages_of, refuse_averages, refuse_shared, refuse_shared_layers
+from qat_lightning.callbacks.parts.together import (
+    averages_of,
+    leave_uncompiled,
+    refuse_averages,
+    refuse_shared,
+    refuse_shared_layers,
+)
 from qat_lightning.modes.captured_once import captured_once
 from qat_lightning.modes.prepared import is_prepared, prepared_state
 from qat_lightning.modes.replaced import refuse_replaced, replaced_layers
@@ -82,7 +88,27 @@ class Placement:
                 slot.follow()
             self._guard_loading(trainer, pl_module, loaded)
             refuse_checkpoint(trainer, networks)
+
+            def run_as_before() -> None:
+                pl_module.configure_model()
+                self._leave_uncompiled(pl_module, networks.slots)
+
+            self._when_built(pl_module, run_as_before)
             return
+
+        def prepare() -> None:
+            if shards(trainer):
+                self._prepare_to_shard(trainer, pl_module, stage)
+            else:
+                pl_module.configure_model()
+                self._prepare(trainer, pl_module, stage)
+            self._guard_loading(trainer, pl_module, loaded)
+            prepared()
+
+        self._when_built(pl_module, prepare)
+
+    def _when_built(self, pl_module: LightningModule, run: Callable[[], None]) -> None:
+        """Call ``run`` once, in place of ``configure_model``."""
         had = pl_module.__dict__.get("configure_model")
 
         def put_back() -> None:
@@ -94,16 +120,13 @@ class Placement:
 
         def configure_model() -> None:
             put_back()
-            if shards(trainer):
-                self._prepare_to_shard(trainer, pl_module, stage)
-            else:
-                pl_module.configure_model()
-                self._prepare(trainer, pl_module, stage)
-            self._guard_loading(trainer, pl_module, loaded)
-            prepared()
+            run()
 
         pl_module.__dict__["configure_model"] = configure_model
         self._put_back = put_back
+
+    def _leave_uncompiled(self, pl_module: LightningModule, slots: Mapping[str, Slot]) -> None:
+        leave_uncompiled(pl_module, slots, trains=self.networks.settings.trains, compiles=self.networks.compiled)
 
     def _see_replaced(self, stage: str, loaded: Callable[[str], None]) -> None:
         """Refuse to train on with layers that were replaced since; otherwise, int8 networks have to be made again."""
@@ -127,6 +150,7 @@ class Placement:
         networks, preparation = self.networks, self._preparation
         with explain_late_layers(trainer):
             slots = {name: Slot(pl_module, name) for name in find_networks(pl_module, networks.settings.module)}
+        self._leave_uncompiled(pl_module, slots)
         refuse_other_weights(trainer, slots, given=preparation.given is not None)
         # Lightning builds models on the training's device and in its precision; preparation needs the CPU and float32.
         with cpu_and_float32(), captured_once(), isolate_rng(include_cuda=torch.cuda.is_initialized()):

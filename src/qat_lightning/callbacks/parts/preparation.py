@@ -27,7 +27,6 @@ from qat_lightning.callbacks.parts.resuming import (
     trusts_checkpoint,
     with_weights,
 )
-from qat_lightning.callbacks.parts.together import refuse_compiled
 from qat_lightning.callbacks.parts.untouched import nothing_moves
 from qat_lightning.errors import ConfigurationError, NetworkError
 from qat_lightning.export.plain_tensors import in_its_runtime
@@ -134,7 +133,6 @@ class Preparation:
         self.rework(network, slot, example)
 
         def admits(mode: str) -> None:
-            refuse_compiled(network, slot.prefix, mode)
             if self.networks.compiled and stage == "fit":
                 refuse_compile(mode)
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.optim.swa_utils import AveragedModel
 
 from qat_lightning.callbacks.parts.find_networks import shared_layers
 from qat_lightning.callbacks.parts.layer_sync import synchronize_in_place
+from qat_lightning.callbacks.parts.network import Slot
 from qat_lightning.callbacks.parts.settings import QuantizationSettings
-from qat_lightning.errors import ConfigurationError, NetworkError
+from qat_lightning.errors import ConfigurationError
+from qat_lightning.graph.compiled import uncompile
 from qat_lightning.settings.kinds import DIRECT
 from qat_lightning.settings.modes import traits_of
 
@@ -231,19 +233,30 @@ def refuse_in_processes(settings: QuantizationSettings, observe_stages: Sequence
         )
 
 
-def refuse_compiled(network: nn.Module, name: str, mode: str) -> None:
-    """Raise if a graph has to be captured of a network that was compiled, or contains a compiled module.
+def leave_uncompiled(pl_module: LightningModule, slots: Mapping[str, Slot], *, trains: bool, compiles: bool) -> None:
+    """Let networks that were given to ``torch.compile`` run uncompiled, with the modules around them and inside.
 
-    Raises:
-        NetworkError: The message says how to compile instead.
+    Layers are watched and replaced, and compiled code would be compiled anew for each of them.
+
+    Args:
+        pl_module: The LightningModule.
+        slots: The networks by name.
+        trains: Whether the callback trains quantized networks.
+        compiles: Whether it compiles their steps itself.
     """
-    # By name: importing torch._dynamo, which defines the class, takes seconds.
-    compiled = [inner for inner, module in network.named_modules() if type(module).__name__ == "OptimizedModule"]
-    if traits_of(mode).replaces and compiled:
-        raise NetworkError(
-            f"{'.'.join(filter(None, (name, compiled[0])))!r} was given to torch.compile, and mode={mode!r} cannot "
-            "capture a graph of compiled code: compile the LightningModule instead, model = torch.compile(model), or "
-            "use mode='eager'."
+    concerned: set[nn.Module] = {pl_module}
+    for slot in slots.values():
+        concerned |= set(slot.get().modules())
+        path = slot.prefix.split(".") if slot.prefix else []
+        concerned |= {pl_module.get_submodule(".".join(path[:depth])) for depth in range(1, len(path))}
+    names = [
+        name or "." for name, module in list(pl_module.named_modules()) if module in concerned and uncompile(module)
+    ]
+    if names:
+        instead = "To compile the training steps, set compile=True of the callback. " if trains and not compiles else ""
+        rank_zero_warn(
+            f"Given to torch.compile: {', '.join(map(repr, names))}. Compiled code cannot be quantized, so this "
+            f"runs uncompiled from now on. {instead}The keys of the state_dict stay the same."
         )
 
 

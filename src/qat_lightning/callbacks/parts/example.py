@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature as takes
+from torch import nn
 
+from qat_lightning.callbacks.parts.find_networks import has_quantizable
 from qat_lightning.callbacks.parts.network import OWN_FORWARD, Slot, forward_replaced
 from qat_lightning.callbacks.parts.peeking import one_batch
 from qat_lightning.callbacks.parts.precision import precision_of_new_tensors
 from qat_lightning.callbacks.parts.untouched import nothing_moves
 from qat_lightning.errors import NetworkError
 from qat_lightning.graph.example import Example, few_of, from_user, whole_call
+from qat_lightning.graph.scopes import join
 
 _STEP_OF_STAGE = {
     "fit": ("training_step", "train_dataloader"),
@@ -42,10 +46,11 @@ def catch_examples(
         The examples by the names of the networks, and the batch that was read for them; None if there was none.
 
     Raises:
-        NetworkError: The step failed before a network was called, or called none; the message says to give
-            ``example_inputs``.
+        NetworkError: The step failed before a network was called, or called none. If it calls parts of one instead, the
+            message names them; otherwise it says to give ``example_inputs``.
     """
     reasons: list[str] = []
+    steps: list[Callable[[], Any]] = []
     array = pl_module.example_input_array
     if array is not None:
         given = from_user(array)
@@ -65,13 +70,20 @@ def catch_examples(
         if batch is None:
             reasons.append(f"no batch from {loader}")
             continue
-        caught = _catch(slots, pl_module, lambda batch=batch, step=step: take_step(pl_module, step, batch), reasons)
+        steps.append(partial(take_step, pl_module, step, batch))
+        caught = _catch(slots, pl_module, steps[-1], reasons)
         if len(caught) == len(slots):
             return caught, batch
+    names = ", ".join(repr(slot.name) for slot in slots)
+    parts = next(filter(None, (_called_instead(slots, pl_module, step) for step in steps)), None)
+    if parts is not None:
+        raise NetworkError(
+            f"The step calls only parts of {names}. Each of these parts can be quantized as a network of its own: give "
+            f"module={parts}."
+        )
     raise NetworkError(
-        f"No example of a call of {', '.join(repr(slot.name) for slot in slots)} could be found: {'; '.join(reasons)}. "
-        "Give example_inputs=<a tensor, a tuple of the positional inputs, or a dict of the keyword inputs>, or set "
-        "example_input_array on the LightningModule."
+        f"No example of a call of {names} could be found: {'; '.join(reasons)}. Give example_inputs=<a tensor, a tuple "
+        "of the positional inputs, or a dict of the keyword inputs>, or set example_input_array on the LightningModule."
     )
 
 
@@ -131,6 +143,56 @@ def _catch(slots: list[Slot], pl_module: pl.LightningModule, run: Any, reasons: 
             if missing:
                 reasons.append(f"the step did not call {', '.join(map(repr, missing))}")
     return caught
+
+
+def _called_instead(slots: list[Slot], pl_module: pl.LightningModule, run: Callable[[], Any]) -> list[str]:
+    """Names for ``module`` with which a step can be caught: a network that it does not call is replaced by its parts.
+
+    Parts are the outermost submodules with layers to quantize that the step calls, in the order of their calls.
+
+    Returns:
+        The names; none if the step fails, or calls neither a network nor a part of it.
+    """
+    called: dict[str, dict[str, None]] = {slot.name: {} for slot in slots}
+    with ExitStack() as stack:
+        stack.enter_context(nothing_moves(pl_module))
+        for slot in slots:
+            within: list[str] = []
+            for name, module in list(slot.get().named_modules()):
+                if name and has_quantizable(module):
+                    full_name = join(slot.prefix, name)
+                    stack.enter_context(_noted(module, full_name, called[slot.name], within))
+            owner = pl_module if slot.name == OWN_FORWARD else slot.get()
+            stack.enter_context(_noted(owner, slot.name, called[slot.name], within))
+        try:
+            run()
+        except Exception:  # noqa: BLE001 - then the reason is in the message already
+            return []
+    found: list[str] = []
+    for slot in slots:
+        names = [slot.name] if slot.name in called[slot.name] else list(called[slot.name])
+        found += [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+        if not names:
+            return []
+    return found
+
+
+@contextmanager
+def _noted(module: nn.Module, name: str, called: dict[str, None], within: list[str]) -> Iterator[None]:
+    """Note the calls of a module that do not happen ``within`` another one's."""
+    plain = module.forward
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        if not within:
+            called.setdefault(name)
+        within.append(name)
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            within.pop()
+
+    with forward_replaced(module, note):
+        yield
 
 
 @contextmanager

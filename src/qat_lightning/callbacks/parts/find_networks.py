@@ -99,7 +99,7 @@ def _callable_parts(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]
     """Return callable submodules with layers to quantize; lists and dicts of modules are replaced by their members."""
     parts: dict[str, nn.Module] = {}
     for name, child in module.named_children():
-        if isinstance(child, (Metric, MetricCollection, _Loss)) or not _has_quantizable(child):
+        if isinstance(child, (Metric, MetricCollection, _Loss)) or not has_quantizable(child):
             continue
         parts |= {prefix + name: child} if _can_be_called(child) else _callable_parts(child, f"{prefix}{name}.")
     return parts
@@ -117,7 +117,8 @@ def _can_be_called(module: nn.Module) -> bool:
     return getattr(type(module), "forward", None) is not nn.Module.forward or "forward" in vars(module)
 
 
-def _has_quantizable(module: nn.Module) -> bool:
+def has_quantizable(module: nn.Module) -> bool:
+    """Whether a module is or contains a layer by which networks are found."""
     return any(isinstance(inner, _QUANTIZABLE) for inner in module.modules())
 
 
@@ -155,4 +156,4 @@ def shared_layers(networks: Mapping[str, nn.Module]) -> tuple[dict[str, list[str
 
     for name, network in networks.items():
         visit(name, network)
-    return found, [name for module, name in parts.items() if _has_quantizable(module)]
+    return found, [name for module, name in parts.items() if has_quantizable(module)]

@@ -204,6 +204,7 @@ class VariantSwitch(Guests):
             found = self._compared.compute()
             self.fidelity = found if self._running else {}
             self._warn_of_distance()
+            self._warn_if_never_called()
         self.stand_back()
         if self._running and self.chosen is None:  # code that chooses a variant logs its metrics itself
             log_tested(trainer, self._running)
@@ -216,6 +217,16 @@ class VariantSwitch(Guests):
                 "those of the network that was trained. Weights or dropout that change during the test have this "
                 "effect; otherwise quantized.whole has the comparison from the conversion."
             )
+
+    def _warn_if_never_called(self) -> None:
+        if self.begins or not self._standing or any(stand.called for stand, _ in self._standing.values()):
+            return
+        names = ", ".join(map(repr, self._standing))
+        rank_zero_warn(
+            f"The step of this test never called {names} itself, so int8 was compared with nothing and fidelity is "
+            "empty. Submodules that the step calls directly ran as in training and not in int8, so its metrics are not "
+            "those of int8: name these submodules in module=[…], and train again."
+        )
 
     def stand_back(self) -> None:
         """Restore the network and its phase."""

@@ -53,6 +53,9 @@ class Stand(nn.Module):
         name: Name of the network in the LightningModule, for the comparison.
         dtype: The precision of the code around the network; inputs are cast to that of the network that runs, and its
             outputs back. None if both are the same.
+
+    Attributes:
+        called: Whether it was called itself, and not only its methods or submodules.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Stand(nn.Module):
         self.fidelity = fidelity
         self.name = name
         self.dtype = dtype
+        self.called = False
         self._depth = 0
         self._compares = False
         take_special_methods(self, type(prepared), _prepared)
@@ -105,6 +109,7 @@ class Stand(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the other network, and then the reference, which gets the same random numbers and uses up none."""
+        self.called = True
         with self._running():
             return self._forward(args, kwargs)
 

@@ -45,6 +45,20 @@ def attend(
     return weights @ value, weights
 
 
+class PositionsFirst(nn.Module):
+    """Lays out the output of attention in memory as ``nn.MultiheadAttention(batch_first=True)`` does, in training.
+
+    There torch returns a transposed tensor, and on the CPU dropout draws its mask in the order of memory. With the same
+    order, masks are those of the float network for the same seed.
+    """
+
+    def forward(self, output: Tensor) -> Tensor:
+        """The same values, ``(samples, positions, features)``, with positions before samples in memory."""
+        if not self.training or output.dim() != 3:
+            return output
+        return output.transpose(0, 1).contiguous().transpose(0, 1)
+
+
 class WrittenAttention(nn.MultiheadAttention):
     """``nn.MultiheadAttention`` in plain ops; its linear maps are functions of slices of its parameters."""
 
@@ -186,6 +200,11 @@ class Projection(RowsOfAttention, nn.Linear):  # type: ignore[misc, override]
 
 class LayeredAttention(WrittenAttention):
     """Attention that calls a separate layer for each of its linear maps."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Same as ``nn.MultiheadAttention``, also in the layout of its output."""
+        output, weights = super().forward(*args, **kwargs)
+        return (PositionsFirst().train(self.training)(output) if self.batch_first else output), weights
 
     def projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value after their linear maps."""

@@ -34,6 +34,7 @@ from qat_lightning.modes.fx.coverage import FxOperations
 from qat_lightning.modes.fx.fused import FUSED, hide_second_names, show_fused
 from qat_lightning.modes.fx.inference import traced_with_inference
 from qat_lightning.modes.fx.layers import custom_rows, each_once, layer_rows, no_kernel, read_by_ops
+from qat_lightning.modes.fx.layouts import lay_out_as_torch
 from qat_lightning.modes.fx.left_float import float_nodes, layers_and_ops, put_float_layers, take_out_never_rounding
 from qat_lightning.modes.fx.linear_products import name_linear
 from qat_lightning.modes.fx.other_sizes import ConvertsAgain, SharedLayers
@@ -169,6 +170,7 @@ class FxMode:
         plan.float_ops += passes.calls_of(prepared, hidden.unfoldable) + lasting + bounded
         plan.tables = tables
         result = _as_network(prepared, plan, unrounded, hidden.read)
+        lay_out_as_torch(result, network)
         result.give_sizes(sizes, SharedLayers())
         result.inference_call = at_inference
         restore_children(result, hidden.originals, parameters, float_network)

@@ -26,7 +26,8 @@ class Uncompiled(nn.Module):
     @property
     def _torchdynamo_orig_callable(self) -> nn.Module:
         """What ``torch.compile`` compiles if it is given a compiled module with the id below."""
-        return self._orig_mod
+        inside: nn.Module = self._orig_mod
+        return inside
 
     @property
     def _torchdynamo_wrapper_id(self) -> int:

@@ -197,9 +197,9 @@ class Int8Network(nn.Module):
     def _run_kernels(self, tensors: list[Tensor]) -> bool:
         """Use oneDNN's kernels one by one, or the decomposed graph if there are none; returns whether there are."""
         batched = [given.shape[:1] == (BATCH,) for given in self.spec.inputs if given.shape is not None]
-        few = [tensor[:_ROWS] if first else tensor for tensor, first in zip(tensors, batched, strict=True)]
-        few = part_that_runs(self.decomposed, Example(tuple(few)), Example(tuple(tensors))).args
-        kernels = on_plain_kernels(self.decomposed, list(few), get_backend(self.backend, "pt2e"))
+        rows = tuple(tensor[:_ROWS] if first else tensor for tensor, first in zip(tensors, batched, strict=True))
+        few = list(part_that_runs(self.decomposed, Example(rows), Example(tuple(tensors))).args)
+        kernels = on_plain_kernels(self.decomposed, few, get_backend(self.backend, "pt2e"))
         has_any = any(isinstance(module, PlainLayer) for module in kernels.modules())
         self.runs = "onednn" if has_any else "decomposed"
         self.__dict__["_compiled"] = kernels if has_any else None

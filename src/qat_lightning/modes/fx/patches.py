@@ -58,7 +58,7 @@ def answering_kinds(network: nn.Module) -> Iterator[None]:
 
     A trace without an example ends at such a question, since any answer would be a guess at the path that is taken.
     """
-    asked = torch.jit.isinstance
+    asked: Any = torch.jit.isinstance
     with ExitStack() as stack:
         stack.enter_context(_replaced(torch, "is_tensor", lambda value: is_instance(value, Tensor)))
         stack.enter_context(

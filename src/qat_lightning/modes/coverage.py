@@ -113,13 +113,14 @@ def flops_of(node: fx.Node, values: Mapping[str, Any], root: nn.Module) -> int:
         values: Values of the nodes before it, in a run of the graph.
         root: Holds the modules that the graph calls.
     """
-    run = fx.Interpreter(root, graph=node.graph)
     called = [root.get_submodule(str(node.target))] if node.op == "call_module" else []
+    target: Any = called[0] if called else node.target
 
     def count(context: AbstractContextManager[Any]) -> int:
-        arguments = fx.node.map_arg((node.args, node.kwargs), lambda source: copy_of(values[source.name]))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: copy_of(values[source.name]))
+        function = getattr(args[0], target) if node.op == "call_method" else target
         with buffers_copied(*called), context, in_single_products(), counter() as counted:
-            getattr(run, node.op)(node.target, *arguments)
+            function(*(args[1:] if node.op == "call_method" else args), **kwargs)
         return int(counted.get_total_flops())
 
     try:

@@ -142,7 +142,8 @@ class FakeQuantize(_TorchFakeQuantizeBase):
         self.register_buffer("max_val", torch.tensor(high, dtype=torch.float32))
         self.register_buffer("batches", torch.tensor(0))
         self.register_buffer("nonfinite_batches", torch.tensor(0), persistent=False)
-        self.to((factory_kwargs or {}).get("device"))
+        if factory_kwargs:  # upstream's prepare creates many of these, and moving takes longer than the rest
+            self.to(factory_kwargs.get("device"))
 
     @property
     def symmetric(self) -> bool:

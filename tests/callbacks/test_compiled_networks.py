@@ -145,3 +145,13 @@ def test_calibration_of_a_compiled_network() -> None:
     module, callback = made(InInit), PostTrainingQuantization(calibration_dataloader=loader(), calibration_batches=2)
     trainer(callback).test(module, loader(), verbose=False)
     assert callback.fidelity["agreement"] > 0.9
+
+
+@pytest.mark.parametrize("head", ["net.head", "net._orig_mod.head"])
+def test_patterns_may_leave_out_the_compiled_wrapper(head: str) -> None:
+    module = made(InInit)
+    callback = qat("fx", exclude=[head])
+    trainer(callback, max_epochs=1).fit(module, loader())
+    assert {row.name: row.reason for row in callback.coverage if not row.quantized and row.what == "layer"} == {
+        "net._orig_mod.head": "excluded"
+    }

@@ -140,11 +140,16 @@ def lineage(name: str) -> list[str]:
 def matches(pattern: str, name: str) -> bool:
     """Whether a glob matches a module or one that contains it.
 
+    In names of modules within ``torch.compile``, ``_orig_mod`` may be left out.
+
     Example:
         >>> matches("net.he*", "net.head.fc"), matches("fc", "net.head.fc")
         (True, False)
+        >>> matches("net.head", "net._orig_mod.head.fc"), matches("net._orig_mod.head", "net._orig_mod.head.fc")
+        (True, True)
     """
-    return any(fnmatchcase(part, pattern) for part in lineage(name))
+    within_compile = ".".join(part for part in name.split(".") if part != "_orig_mod")
+    return any(fnmatchcase(part, pattern) for part in [*lineage(name), *lineage(within_compile)])
 
 
 def unmatched(overrides: Mapping[str, Any], layers: Sequence[str]) -> Iterator[tuple[str, list[str]]]:

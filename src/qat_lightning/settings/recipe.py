@@ -389,7 +389,7 @@ def check_globs(recipe: Recipe, names: Sequence[str]) -> None:
     """
     for kind in ("include", "exclude"):
         for glob in getattr(recipe, kind):
-            if not any(fnmatchcase(name, glob) for name in names):
+            if not any(matches(glob, name) for name in names):
                 some = ", ".join(names[:12]) + (", …" if len(names) > 12 else "")
                 meant = next((name for name in names if fnmatchcase(name, f"*.{glob}")), None)
                 hint = f" Did you mean {meant!r}?" if meant else ""

@@ -19,8 +19,8 @@ METRICS = {"val/acc": 0.5, "int8/test/acc": 0.75}
 
 
 def settings(objective: Any, method: str = "qat", **quantization: Any) -> Any:
-    part = {"quantization": quantization} if quantization else {}
-    return OmegaConf.merge(CFG, {"objective": objective, "method": {"name": method}, **part})
+    more: dict[str, Any] = {"objective": objective, "method": {"name": method}}
+    return OmegaConf.merge(CFG, more | ({"quantization": quantization} if quantization else {}))
 
 
 def test_a_misspelt_objective_costs_no_finished_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -94,7 +94,8 @@ def test_float_runs_of_a_grid_are_compared_though_the_objective_is_of_int8(tmp_p
 
 @pytest.mark.slow
 def test_a_search_trains_no_trial_that_cannot_have_the_objective(tmp_path: Path) -> None:
-    words = ["hparams_search=accuracy", "objective=int8/test/acc", "hydra.sweeper.n_trials=2", "logger=csv"]
-    sweep(tmp_path, *words, "method=float")
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1", "seed=range(0,3)"]
+    failures = "hydra.sweeper.max_failure_rate=1.0"
+    sweep(tmp_path, *search, failures, "objective=int8/test/acc", "method=float", "logger=csv")
     assert set(statuses(tmp_path).values()) == {"skipped"}
     assert not list(tmp_path.rglob("*.ckpt"))

@@ -28,7 +28,7 @@ class OfGraphs(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.nodes = nn.Embedding(5, 8)
+        self.nodes: nn.Module = nn.Embedding(5, 8)
         self.message = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 8))
         self.head = nn.Linear(8, CLASSES)
 

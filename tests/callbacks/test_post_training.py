@@ -225,7 +225,7 @@ def test_what_cannot_be_is_refused_with_what_to_do() -> None:
         PostTrainingQuantization(calibration_batches=0)
     with pytest.raises(ConfigurationError, match="kind='statisch' is unknown"):
         PostTrainingQuantization(kind="statisch")  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match="learned_step='lsq' needs training"):
+    with pytest.raises(ConfigurationError, match="learned_step='lsq' needs fixed activation ranges and training"):
         PostTrainingQuantization(scheme=Scheme(learned_step="lsq"))
     with pytest.raises(ConfigurationError, match="is for calibration"):
         QuantizationAwareTraining(scheme=Scheme(activation_observer="histogram_kl"))
@@ -369,18 +369,12 @@ def test_a_decision_of_a_checkpoint_holds_for_the_same_settings_only(
     assert [row.name for row in ptq.quantized.coverage if not row.quantized] == (["head"] if holds else [])
 
 
-@pytest.mark.parametrize("remedy", ["convert", "test"])
-def test_after_a_validation_alone_the_message_names_what_makes_an_int8_network(remedy: str, tmp_path: Path) -> None:
+def test_after_a_validation_alone_save_converts_what_it_calibrated(tmp_path: Path) -> None:
     module, ptq = Lit(), PostTrainingQuantization(calibration_batches=2, calibration_dataloader=loader())
-    run = trainer(ptq)
-    run.validate(module, loader(), verbose=False)
     with pytest.raises(
-        ConversionError, match=r"call convert\(\), or run trainer\.test, trainer\.predict or trainer\.fit"
+        ConversionError, match=r"run trainer\.test, trainer\.predict or trainer\.fit with this callback"
     ):
         ptq.save(tmp_path / "model.int8")
-    if remedy == "convert":
-        ptq.convert()
-    else:
-        run.test(module, loader(), verbose=False)
+    trainer(ptq).validate(module, loader(), verbose=False)
     ptq.save(tmp_path / "model.int8")
     assert load_quantized(tmp_path / "model.int8").recipe.kind == "static"

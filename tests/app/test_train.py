@@ -159,7 +159,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_ends(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["mode=pt2e", "backend=qnnpack"], ["mode=eager", "mode=fx", "x86, xnnpack"]),
+        (["mode=pt2e", "backend=qnnpack"], ["mode='eager'", "mode='fx'", "x86, xnnpack"]),
         (["mode=fxx"], ["auto", "eager", "fx", "pt2e"]),
         (["mode=fx", "backend=custom", "backend.quantizer=a.B"], ["for a.B use mode='pt2e'"]),
         (["mode=pt2e", "backend=custom"], ["give backend.quantizer=..."]),

@@ -94,7 +94,7 @@ def test_a_branch_on_sizes_is_that_of_the_example_and_other_sizes_are_refused_by
 ) -> None:
     source = _source(_reading(SIZES[name]), "eager")
     path, other = tmp_path / "net.pt", torch.randn(2, 8)
-    with pytest.warns(UserWarning, match=r"takes only inputs of sizes .* test_torchscript.py:\d+"):
+    with pytest.warns(UserWarning, match=r"accepts only input sizes .* test_torchscript.py:\d+"):
         TorchScript().write(source, path)
     run = TorchScript().load(path)
     assert torch.allclose(run([other])[0], source.network(other), atol=1e-6)
@@ -116,7 +116,7 @@ def test_a_number_from_sizes_is_for_these_sizes_alone(name: str, tmp_path: Path)
     """And never silently for others."""
     source = _source(_reading(NUMBERS[name]), "eager")
     path, other = tmp_path / "net.pt", torch.randn(4, 8)
-    with pytest.warns(UserWarning, match="takes only inputs of sizes"):
+    with pytest.warns(UserWarning, match="accepts only input sizes"):
         TorchScript().write(source, path)
     run = TorchScript().load(path)
     assert torch.allclose(run([other])[0], source.network(other), atol=1e-6)

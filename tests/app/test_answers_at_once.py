@@ -25,7 +25,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         (["--cfg", "job", "mode=fx"], 0, "output_dir"),
         (["mode=fxx"], 1, "Could not find 'mode/fxx'"),
         (["trainer.max_epoch=3"], 1, "max_epoch"),
-        (["mode=pt2e", "backend=qnnpack"], 1, "mode='eager' or mode='fx'"),
+        (["mode=pt2e", "backend=qnnpack"], 1, "for qnnpack use mode='eager'"),
     ],
     ids=["help", "configuration", "misspelt group", "misspelt key", "impossible pair"],
 )

@@ -61,7 +61,7 @@ def uncompile(module: nn.Module) -> bool:
         Whether it was compiled.
 
     Example:
-        >>> linear = torch.nn.Linear(2, 1)
+        >>> linear = nn.Linear(2, 1)
         >>> linear.compile()
         >>> uncompile(linear), uncompile(linear)
         (True, False)

@@ -81,7 +81,7 @@ def test_a_process_with_nothing_to_observe_takes_part(both: tuple[dict[str, Any]
 
 @pytest.mark.slow
 def test_only_the_first_process_converts(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    """The first process converts, in the rehearsal and for the fit of each run that trains; the other tests its result."""
+    """The first process converts, in the rehearsal and for the fit of each run that trains; the other tests it."""
     first, second = (found["conversions"] for found in both)
     assert first == [mode for mode in MODES for _ in range(4)]  # the second fit of each run takes no step
     assert second == []

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -18,6 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from qat_lightning.errors import NetworkError
+from qat_lightning.graph.generators import python_and_numpy_kept
 from qat_lightning.graph.pruning import pruned_tensors
 from qat_lightning.graph.structures import look_into
 
@@ -227,15 +226,11 @@ def part_that_runs(network: nn.Module, part: Example, call: Example) -> Example:
 @torch.no_grad()
 def _failure(network: nn.Module, example: Example) -> Exception | None:
     """The exception with which a call ends, if it does; random states are restored."""
-    states = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with python_and_numpy_kept(), torch.random.fork_rng(devices=[]):
             network(*copy.deepcopy(example.args), **copy.deepcopy(example.kwargs))
     except Exception as error:  # noqa: BLE001 - a network may raise anything
         return error
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
     return None
 
 

@@ -49,6 +49,17 @@ def random_state() -> tuple[Any, ...]:
 
 
 @contextmanager
+def python_and_numpy_kept() -> Iterator[None]:
+    """Restore the states of the global generators of Python and NumPy at the end of the block."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
 def generators_kept(network: nn.Module, *, seed: int | None = None) -> Iterator[None]:
     """Within the block, a network may draw from its own generators; their states are restored at the end.
 

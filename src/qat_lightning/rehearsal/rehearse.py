@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import random
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -20,7 +18,7 @@ from qat_lightning.artifact.quantized import QuantizedNetwork
 from qat_lightning.errors import ArtifactError, ConversionError, NetworkError, QuantizationError, in_brief
 from qat_lightning.graph.buffers import buffers_copied
 from qat_lightning.graph.example import Example, in_float32
-from qat_lightning.graph.generators import generators_kept
+from qat_lightning.graph.generators import generators_kept, python_and_numpy_kept
 from qat_lightning.graph.lazy import refuse_lazy
 from qat_lightning.graph.scopes import join
 from qat_lightning.graph.training_flags import plain_train
@@ -219,11 +217,12 @@ def _tensors(network: nn.Module, example: Example) -> list[torch.Tensor]:
 @contextlib.contextmanager
 def nothing_moves() -> Iterator[None]:
     """Within the block, random states are kept and messages suppressed."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+    with (
+        python_and_numpy_kept(),
+        torch.random.fork_rng(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
